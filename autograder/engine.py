@@ -1,0 +1,176 @@
+"""Runs an exercise's checks on an answer and, where they fail, looks for the misconception."""
+
+import traceback
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from autograder import refusals
+from autograder.declarations import Check, Exercise
+from autograder.diagnosis import diagnose
+from autograder.limits import OutOfTime, captured_output, time_limit
+from autograder.refusals import Refusal
+from autograder.results import PASSED, CheckResult, Diagnosis, ExerciseResult
+from autograder.student import Student, StudentError, with_replacement
+from autograder.workspace import Chapter
+
+Failure = Callable[[BaseException], None]
+
+
+def grade(
+    chapter: Chapter,
+    exercise: Exercise,
+    answers: types.ModuleType | Refusal,
+    *,
+    source: str,
+    seed: int = 0,
+    on_failure: Failure | None = None,
+) -> ExerciseResult:
+    """Grade one exercise of an answer file, or of the Refusal that its import ended in.
+
+    `source` is how messages name the file. `on_failure` sees the first failed check's exception
+    (for a debugger).
+    """
+    if isinstance(answers, Refusal):
+        return _all_refused(chapter, exercise, answers)
+    return grade_namespace(
+        chapter, exercise, vars(answers), answers, source=source, seed=seed, on_failure=on_failure
+    )
+
+
+def grade_namespace(
+    chapter: Chapter,
+    exercise: Exercise,
+    namespace: dict[str, Any],
+    adapters: types.ModuleType | None,
+    *,
+    source: str,
+    seed: int = 0,
+    on_failure: Failure | None = None,
+) -> ExerciseResult:
+    """Grade functions given by name; `adapters` is the module whose adapter wraps a class."""
+    student = Student(namespace, source)
+    results = run_checks(chapter, exercise, student, seed, on_failure)
+    diagnosis = None
+    if any(r.status in (refusals.WRONG_VALUE, refusals.RAISED, refusals.WRONG_SHAPE,
+                        refusals.WRONG_DTYPE, refusals.MUTATED) for r in results):  # fmt: skip
+        diagnosis = _diagnosis(chapter, exercise, student, results, adapters, seed)
+    return ExerciseResult(
+        chapter.stem,
+        exercise.name,
+        tuple(results),
+        tuple(exercise.hints),
+        f"{chapter.notebook}, {exercise.see}",
+        "\n".join(dict.fromkeys(student.printed)),
+        diagnosis,
+        exercise.kind == "repair",
+    )
+
+
+def run_checks(
+    chapter: Chapter,
+    exercise: Exercise,
+    student: Student,
+    seed: int,
+    on_failure: Failure | None = None,
+) -> list[CheckResult]:
+    """Run the checks in order; after a final refusal the rest is 'not run'."""
+    grader = chapter.grader_of(exercise)
+    results: list[CheckResult] = []
+    for check in exercise.checks:
+        if results and results[-1].status in (*refusals.FINAL, refusals.NOT_RUN):
+            results.append(CheckResult(check.name, check.says, refusals.NOT_RUN, check.points))
+            continue
+        status, message = _run(grader, exercise, check, student, seed, on_failure)
+        results.append(CheckResult(check.name, check.says, status, check.points, message))
+    return results
+
+
+def _run(
+    grader: type,
+    exercise: Exercise,
+    check: Check,
+    student: Student,
+    seed: int,
+    on_failure: Failure | None,
+) -> tuple[str, str]:
+    rng = torch.Generator().manual_seed(seed)
+    try:
+        with time_limit(exercise.seconds):
+            check.function(grader(), student, rng)
+    except OutOfTime:
+        return refusals.TOO_SLOW, (
+            f"{exercise.name} was still running after {exercise.seconds:g} s. "
+            "A loop that never ends, or a loop over elements where one tensor operation would do?"
+        )
+    except Refusal as refusal:
+        if on_failure:
+            on_failure(refusal)
+        return refusal.kind, refusal.message
+    except StudentError as error:
+        if on_failure:
+            on_failure(error.original)
+        return refusals.RAISED, error.message
+    except AssertionError as error:
+        return refusals.WRONG_VALUE, str(error) or check.says
+    except SystemExit:
+        return refusals.RAISED, f"{exercise.name} called exit(). A function returns its result."
+    except Exception as error:
+        return _odd_result(error)
+    return PASSED, ""
+
+
+def _odd_result(error: Exception) -> tuple[str, str]:
+    """A check tripped over what the answer returned (say, None in place of a pair)."""
+    where = "".join(traceback.format_exception_only(error)).strip()
+    return refusals.WRONG_TYPE, (
+        f"The check could not use what came back: {where}. Compare the types that the function "
+        "returns with its docstring."
+    )
+
+
+def _diagnosis(
+    chapter: Chapter,
+    exercise: Exercise,
+    student: Student,
+    results: list[CheckResult],
+    adapters: types.ModuleType | None,
+    seed: int,
+) -> Diagnosis | None:
+    failed = [r.status for r in results]
+
+    def namespace_of(implementation: Any) -> dict[str, Any]:
+        if adapters is None:
+            return {exercise.name: implementation}
+        return with_replacement(adapters, exercise.entry, exercise.name, implementation)
+
+    def fails_alike(namespace: dict[str, Any]) -> bool:
+        with captured_output():
+            again = run_checks(chapter, exercise, Student(namespace, ""), seed)
+        return [r.status for r in again] == failed
+
+    candidates = [
+        (m, namespace_of(m.implementation))
+        for m in chapter.misconceptions
+        if m.exercise == exercise.name
+    ]
+    calls = [call for call in student.calls if call.function == exercise.entry]
+    found = diagnose(calls, candidates, fails_alike)
+    if found is None:
+        return None
+    return Diagnosis(found.name, found.says, f"{chapter.notebook}, {found.see}")
+
+
+def _all_refused(chapter: Chapter, exercise: Exercise, refusal: Refusal) -> ExerciseResult:
+    first, *rest = exercise.checks
+    checks = [CheckResult(first.name, first.says, refusal.kind, first.points, refusal.message)]
+    checks += [CheckResult(c.name, c.says, refusals.NOT_RUN, c.points) for c in rest]
+    return ExerciseResult(
+        chapter.stem,
+        exercise.name,
+        tuple(checks),
+        tuple(exercise.hints),
+        f"{chapter.notebook}, {exercise.see}",
+    )

@@ -1,0 +1,103 @@
+"""What a student's function was called with and what it gave back, kept apart from later changes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autograder.expect import TOLERANCE
+
+
+@dataclass(frozen=True)
+class Returned:
+    value: Any
+
+
+@dataclass(frozen=True)
+class Raised:
+    error: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a student's function: copies of its arguments and of its outcome."""
+
+    function: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outcome: Returned | Raised
+
+
+def snapshot(value: Any) -> Any:
+    """A copy that later changes cannot reach: tensors detached, generators with their state."""
+    if isinstance(value, Tensor):
+        copy = torch.empty_like(value, requires_grad=False).copy_(value.detach())
+        return copy.requires_grad_(value.requires_grad) if value.dtype.is_floating_point else copy
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    if type(value) in (list, tuple):
+        return type(value)(snapshot(item) for item in value)
+    if type(value) is dict:
+        return {key: snapshot(item) for key, item in value.items()}
+    return value
+
+
+def unchanged(value: Any, before: Any) -> bool:
+    """Whether tensors in `value` still hold what `before` (its snapshot) holds, bit for bit."""
+    if isinstance(value, Tensor):
+        return value.shape == before.shape and _identical(value.detach(), before.detach())
+    if type(value) in (list, tuple):
+        return len(value) == len(before) and all(map(unchanged, value, before))
+    if type(value) is dict:
+        return value.keys() == before.keys() and all(unchanged(value[k], before[k]) for k in value)
+    return True
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def distance(a: Any, b: Any) -> float | None:
+    """How far apart two outcomes are relative to the tolerance, at most 1; None where they differ.
+
+    Outcomes are equal in structure, type, dtype and shape, and their values within the tolerance.
+    """
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return _tensor_distance(a.detach(), b.detach())
+    if type(a) is not type(b):
+        return None
+    if isinstance(a, dict):
+        return _together([distance(a[k], b[k]) for k in a]) if a.keys() == b.keys() else None
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return None
+        return _together([distance(x, y) for x, y in zip(a, b, strict=True)])
+    if isinstance(a, float):
+        if a == b or (a != a and b != b):
+            return 0.0
+        gap = abs(a - b) / max(abs(a), abs(b), 1e-300)
+        return gap / 1e-6 if gap <= 1e-6 else None
+    return 0.0 if a == b else None
+
+
+def _together(distances: list[float | None]) -> float | None:
+    if any(d is None for d in distances):
+        return None
+    return max((d for d in distances if d is not None), default=0.0)
+
+
+def _tensor_distance(a: Tensor, b: Tensor) -> float | None:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return None
+    if not a.dtype.is_floating_point:
+        return 0.0 if torch.equal(a, b) else None
+    tolerance = TOLERANCE.get(a.dtype, 0.0)
+    finite = a.isfinite()
+    scale = float(a[finite].abs().max()) if finite.any() else 1.0
+    allowed = tolerance * (scale if scale > 0 else 1.0)
+    if not torch.allclose(a, b, rtol=0, atol=allowed, equal_nan=True):
+        return None
+    if not finite.any():
+        return 0.0
+    return float((a[finite].double() - b[finite].double()).abs().max()) / allowed

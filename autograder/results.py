@@ -1,0 +1,78 @@
+"""Verdicts as plain data, which travel between processes and into reports as JSON."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PASSED = "passed"
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One check: `status` is 'passed' or the kind of refusal (autograder.refusals)."""
+
+    name: str
+    says: str
+    status: str
+    points: float
+    message: str = ""
+
+    @property
+    def earned(self) -> float:
+        return self.points if self.status == PASSED else 0.0
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The misconception that an answer equals."""
+
+    name: str
+    says: str
+    see: str
+
+
+@dataclass(frozen=True)
+class ExerciseResult:
+    """All checks of one exercise, what the answer printed, and the diagnosis if there is one.
+
+    `all_or_nothing`: a program to repair passes some checks as it comes, and earns nothing for that.
+    """
+
+    chapter: str
+    exercise: str
+    checks: tuple[CheckResult, ...]
+    hints: tuple[str, ...]
+    see: str
+    printed: str = ""
+    diagnosis: Diagnosis | None = None
+    all_or_nothing: bool = False
+
+    @property
+    def earned(self) -> float:
+        if self.all_or_nothing and self.status != PASSED:
+            return 0.0
+        return sum(check.earned for check in self.checks)
+
+    @property
+    def points(self) -> float:
+        return sum(check.points for check in self.checks)
+
+    @property
+    def status(self) -> str:
+        """'passed', else the kind of the first refusal."""
+        return next((c.status for c in self.checks if c.status != PASSED), PASSED)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "status": self.status,
+            "earned": self.earned,
+            "points": self.points,
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "ExerciseResult":
+        fields = {k: v for k, v in data.items() if k not in ("status", "earned", "points")}
+        fields["checks"] = tuple(CheckResult(**check) for check in data["checks"])
+        fields["hints"] = tuple(data["hints"])
+        fields["diagnosis"] = Diagnosis(**data["diagnosis"]) if data["diagnosis"] else None
+        return ExerciseResult(**fields)
