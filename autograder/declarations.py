@@ -113,7 +113,7 @@ class Alternative:
 
 
 def misconception(exercise_name: str, says: str, *, see: str) -> Callable[[Any], Any]:
-    """Declare a function or class as a wrong answer to an exercise; its name is what students read."""
+    """Declare a function or class as a wrong answer to an exercise; students read its name."""
 
     def decorate(implementation: Any) -> Any:
         name = implementation.__name__.replace("_", " ")

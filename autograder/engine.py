@@ -34,7 +34,7 @@ def grade(
     (for a debugger).
     """
     if isinstance(answers, Refusal):
-        return _all_refused(chapter, exercise, answers)
+        return refuse_all(chapter, exercise, answers)
     return grade_namespace(
         chapter, exercise, vars(answers), answers, source=source, seed=seed, on_failure=on_failure
     )
@@ -163,7 +163,8 @@ def _diagnosis(
     return Diagnosis(found.name, found.says, f"{chapter.notebook}, {found.see}")
 
 
-def _all_refused(chapter: Chapter, exercise: Exercise, refusal: Refusal) -> ExerciseResult:
+def refuse_all(chapter: Chapter, exercise: Exercise, refusal: Refusal) -> ExerciseResult:
+    """The result of an exercise whose checks could not run at all."""
     first, *rest = exercise.checks
     checks = [CheckResult(first.name, first.says, refusal.kind, first.points, refusal.message)]
     checks += [CheckResult(c.name, c.says, refusals.NOT_RUN, c.points) for c in rest]

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class OutOfTime(BaseException):
-    """Raised inside code that outran its time limit; not an Exception, so that few handlers eat it."""
+    """Raised inside code that outran its limit; no Exception, so that few handlers eat it."""
 
 
 @contextlib.contextmanager

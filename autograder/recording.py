@@ -1,4 +1,4 @@
-"""What a student's function was called with and what it gave back, kept apart from later changes."""
+"""What a student's function was called with and what it gave back, safe from later changes."""
 
 from dataclasses import dataclass
 from typing import Any

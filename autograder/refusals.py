@@ -20,7 +20,7 @@ FINAL = frozenset({NOT_WRITTEN, MISSING, IMPORT_FAILED, TOO_SLOW, CRASHED})
 
 
 class Refusal(AssertionError):
-    """A check's verdict on an answer: its kind (a constant of this module) and what to tell the student."""
+    """Why a check refuses an answer: a kind (a constant of this module) and a message."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)

@@ -34,7 +34,7 @@ class Diagnosis:
 class ExerciseResult:
     """All checks of one exercise, what the answer printed, and the diagnosis if there is one.
 
-    `all_or_nothing`: a program to repair passes some checks as it comes, and earns nothing for that.
+    `all_or_nothing`: a program to repair passes some checks as it comes and earns nothing by it.
     """
 
     chapter: str
@@ -60,6 +60,15 @@ class ExerciseResult:
     def status(self) -> str:
         """'passed', else the kind of the first refusal."""
         return next((c.status for c in self.checks if c.status != PASSED), PASSED)
+
+    def told(self) -> list[tuple[CheckResult, str]]:
+        """Each check with its message, or '' where an earlier check said the same."""
+        said: set[str] = set()
+        rows = []
+        for check in self.checks:
+            rows.append((check, "" if check.message in said else check.message))
+            said.add(check.message)
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -65,12 +65,14 @@ class Student:
                     refusals.NOT_WRITTEN, str(error) or f"{name}: not written yet"
                 ) from None
             except Exception as error:
-                self.calls.append(Call(name, *before, Raised(f"{type(error).__name__}: {error}")))
+                self.calls.append(
+                    Call(name, before[0], before[1], Raised(f"{type(error).__name__}: {error}"))
+                )
                 raise StudentError(error, explain_error(error)) from error
             finally:
                 if printed.written:
                     self.printed.append(printed.summary())
-        self.calls.append(Call(name, *before, Returned(snapshot(value))))
+        self.calls.append(Call(name, before[0], before[1], Returned(snapshot(value))))
         if value is None:
             raise Refusal(
                 refusals.RETURNED_NONE, f"{name} returned None. Is its return statement missing?"
@@ -93,7 +95,7 @@ def _changed_argument(args: Any, kwargs: Any, before: Any) -> str:
 
 
 def explain_error(error: BaseException) -> str:
-    """'ValueError: ... (line 12, in rms_norm: `x.mean(-1)`)', from the deepest line of the answer."""
+    """'ValueError: ... (line 12, in rms_norm: `x.mean(-1)`)': the deepest line of the answer."""
     ours = str(Path(__file__).parent)
     frames = [
         frame
@@ -152,7 +154,7 @@ def load_module(path: Path, shown: str) -> types.ModuleType:
 
 
 def with_replacement(module: types.ModuleType, entry: str, name: str, value: Any) -> dict[str, Any]:
-    """The namespace in which `entry` uses `value` for `name`: an implementation put into its adapter."""
+    """The namespace in which the adapter `entry` uses `value` for `name`."""
     if entry == name:
         return {name: value}
     adapter = getattr(module, entry, None)

@@ -1,0 +1,40 @@
+"""Verdicts for machines: JSON and JUnit XML."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from autograder import refusals
+from autograder.results import PASSED, ExerciseResult
+
+
+def as_json(results: Sequence[ExerciseResult]) -> str:
+    """All results, with totals, as one JSON document."""
+    document: dict[str, Any] = {
+        "earned": sum(r.earned for r in results),
+        "points": sum(r.points for r in results),
+        "exercises": [r.to_dict() for r in results],
+    }
+    return json.dumps(document, indent=2)
+
+
+def write_junit(results: Sequence[ExerciseResult], path: Path) -> None:
+    """Write one test suite a chapter, one test case a check."""
+    from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
+
+    document = JUnitXml()
+    for chapter in dict.fromkeys(r.chapter for r in results):
+        suite = TestSuite(chapter)
+        for result in (r for r in results if r.chapter == chapter):
+            for check in result.checks:
+                case = TestCase(check.says, f"{chapter}.{result.exercise}")
+                if check.status == refusals.NOT_RUN:
+                    case.result = [Skipped(check.status)]
+                elif check.status != PASSED:
+                    named = f"Diagnosis: {result.diagnosis.name}. " if result.diagnosis else ""
+                    case.result = [Failure(named + check.message, check.status)]
+                suite.add_testcase(case)
+        document.add_testsuite(suite)
+    document.update_statistics()
+    document.write(str(path), pretty=True)
