@@ -15,9 +15,9 @@ def kv_cache_bytes(
     num_kv_heads: int,
     head_dim: int,
     num_tokens: int = 1,
-    bytes_per_element: float = 2,
-) -> float:
-    """Bytes of keys and values: 2 L K d a token. `num_tokens` counts the whole batch.
+    bits: int = 16,
+) -> int:
+    """Bytes of keys and values: 2 L K d elements a token. `num_tokens` counts the whole batch.
 
     Raises: ValueError for a negative count.
     """
@@ -30,7 +30,7 @@ def kv_cache_bytes(
     for name, count in counts.items():
         if count < 0:
             raise ValueError(f"{name}: expected at least 0, got {count}")
-    return 2 * num_layers * num_kv_heads * head_dim * num_tokens * bytes_per_element
+    return 2 * num_layers * num_kv_heads * head_dim * num_tokens * bits // 8
 
 
 def attention_flops(
@@ -55,13 +55,13 @@ def projection_flops(
     return 2 * num_tokens * dim * head_dim * (2 * num_heads + 2 * num_kv_heads)
 
 
-def decode_intensity(*, num_heads: int, num_kv_heads: int, bytes_per_element: float = 2) -> float:
-    """FLOPs a byte of cache read when one token is generated: H / K for 2-byte elements.
+def decode_intensity(*, num_heads: int, num_kv_heads: int, bits: int = 16) -> float:
+    """FLOPs a byte of cache read when one token is generated: H / K for 16-bit elements.
 
     4 H d S FLOPs over 2 K d S elements; length and width cancel, and the batch as well, since each
     sequence has a cache of its own.
     """
-    return 2 * num_heads / num_kv_heads / bytes_per_element
+    return 2 * num_heads / num_kv_heads / (bits / 8)
 
 
 def decode_reads(

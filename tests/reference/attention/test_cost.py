@@ -67,7 +67,7 @@ def test_causal_flops_match_the_mask(queries, keys):
 def test_decode_intensity_is_the_group_size_in_16_bits():
     assert decode_intensity(num_heads=32, num_kv_heads=32) == 1
     assert decode_intensity(num_heads=64, num_kv_heads=8) == 8
-    assert decode_intensity(num_heads=64, num_kv_heads=8, bytes_per_element=1) == 16
+    assert decode_intensity(num_heads=64, num_kv_heads=8, bits=8) == 16
 
 
 def test_decode_intensity_matches_flops_over_bytes():
