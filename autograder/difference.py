@@ -1,5 +1,6 @@
 """How two tensors differ, in words: the simple relations that mistakes leave behind."""
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -22,8 +23,9 @@ def _worst(a: Tensor, e: Tensor) -> str:
     error = torch.where((a == e) | (a.isnan() & e.isnan()), 0.0, (a - e).abs())
     error = error.nan_to_num(nan=torch.inf)
     flat = int(error.argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), a.shape))
-    place = f" at index {list(index)}" if index else ""
+    # Not torch.unravel_index, which imports sympy at its first call: 0.6 s.
+    index = [int(i) for i in numpy.unravel_index(flat, a.shape)]
+    place = f" at index {index}" if index else ""
     return f"Largest error{place}: got {a.flatten()[flat]:.6g}, expected {e.flatten()[flat]:.6g}."
 
 

@@ -1,0 +1,96 @@
+"""Wrong answers are recognised by what they compute, however they are written."""
+
+import pytest
+import torch
+
+from autograder.diagnosis import replay
+from autograder.recording import Call, Raised, Returned, distance, snapshot
+
+
+def test_function_is_diagnosed_in_another_form(grade_function):
+    def unforeseen(x):
+        total = torch.zeros_like(x[:, 0])
+        for t in range(x.shape[1]):
+            total += x[:, t]
+        return total
+
+    result = grade_function(unforeseen)
+    assert result.diagnosis.name == "sums the steps"
+    assert "divide by their number" in result.diagnosis.says
+    assert result.diagnosis.see == "notebooks/07_toy.ipynb, 1. Pooling"
+
+
+def test_number_is_diagnosed(grade_function):
+    result = grade_function(lambda rows, columns: rows * columns * 8, "num_bytes")
+    assert result.diagnosis.name == "counts eight bytes"
+
+
+def test_class_is_diagnosed_through_its_adapter(course, answer):
+    from autograder.notebook import check
+
+    answer("""
+        class Counter:
+            def step(self, x):
+                return x.sum(0)
+    """)
+    assert check("Counter").result.diagnosis.name == "forgets"
+
+
+def test_unknown_mistake_is_not_given_a_name(grade_function):
+    assert grade_function(lambda x: x.mean(1) * 1.5).diagnosis is None
+
+
+def test_right_answer_is_not_diagnosed(grade_function):
+    assert grade_function(lambda x: x.mean(1)).diagnosis is None
+
+
+def test_dtype_tells_misconceptions_apart(grade_function):
+    assert grade_function(lambda x: x.sum(1).double()).diagnosis is None
+
+
+def test_replay_needs_a_call_that_agrees():
+    call = Call("f", (torch.ones(2),), {}, Raised("ValueError: no"))
+    assert replay([call], {"f": lambda x: x}) is None
+    assert replay([], {"f": lambda x: x}) is None
+
+    def refuses(x):
+        raise ValueError("no")
+
+    assert replay([call], {"f": refuses}) == 0.0
+
+
+def test_replay_gives_each_candidate_fresh_inputs():
+    x = torch.ones(2)
+    call = Call("f", (x,), {}, Returned(torch.full((2,), 2.0)))
+    for _ in range(2):
+        assert replay([call], {"f": lambda x: x.add_(1)}) == 0.0
+
+
+@pytest.mark.parametrize(
+    "a, b, near",
+    [
+        (torch.ones(3), torch.ones(3) + 1e-6, True),
+        (torch.ones(3), torch.ones(3) + 1e-2, False),
+        (torch.ones(3), torch.ones(3, dtype=torch.float64), False),
+        (torch.tensor([1, 2]), torch.tensor([1, 2]), True),
+        (torch.tensor([float("nan"), 1.0]), torch.tensor([float("nan"), 1.0]), True),
+        (torch.tensor([float("nan"), 1.0]), torch.tensor([0.0, 1.0]), False),
+        ({"a": 1.0}, {"a": 1.0 + 1e-9}, True),
+        ({"a": 1.0}, {"b": 1.0}, False),
+        ([1, "x", None], [1, "x", None], True),
+        ((1, 2), (1, 2, 3), False),
+        (1, 1.0, False),
+        (0.0, 1e-3, False),
+    ],
+)
+def test_distance_is_none_where_outcomes_differ(a, b, near):
+    assert (distance(a, b) is not None) == near
+
+
+def test_snapshot_is_out_of_reach_of_later_changes():
+    x, generator = torch.ones(2), torch.Generator().manual_seed(3)
+    copy = snapshot(([x], {"g": generator}))
+    x.zero_()
+    first = torch.randn(1, generator=generator)
+    assert copy[0][0].tolist() == [1.0, 1.0]
+    assert torch.equal(torch.randn(1, generator=copy[1]["g"]), first)
