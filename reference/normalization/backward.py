@@ -46,11 +46,11 @@ def layer_norm_backward(
     """
     _check_grad(grad_output, x, weight)
     wide = wide_dtype(x)
-    grad, normalised = grad_output.to(wide), (x.to(wide) - mean) * rstd
-    g = grad if weight is None else grad * weight
-    along_x = (g * normalised).mean(-1, keepdim=True)
-    grad_x = rstd * (g - g.mean(-1, keepdim=True) - normalised * along_x)
-    grad_weight, grad_bias = _over_tokens(grad * normalised), _over_tokens(grad)
+    grad, normalised = grad_output.to(wide), (x.to(wide) - mean).mul_(rstd)
+    product = grad * normalised
+    grad_weight, grad_bias = _over_tokens(product), _over_tokens(grad)
+    grad_x = (grad if weight is None else grad * weight) - _mean_of_weighted(grad, weight)
+    grad_x.addcmul_(normalised, _mean_of_weighted(product, weight), value=-1).mul_(rstd)
     dtype = x.dtype if weight is None else weight.dtype
     return grad_x.to(x.dtype), grad_weight.to(dtype), grad_bias.to(dtype)
 
@@ -71,10 +71,12 @@ def rms_norm_backward(
     _check_grad(grad_output, x, weight)
     wide = wide_dtype(x)
     grad, normalised = grad_output.to(wide), x.to(wide) * rstd
+    product = grad * normalised
+    grad_weight = _over_tokens(product)
     g = grad if weight is None else grad * weight
-    grad_x = rstd * (g - normalised * (g * normalised).mean(-1, keepdim=True))
+    grad_x = torch.addcmul(g, normalised, _mean_of_weighted(product, weight), value=-1).mul_(rstd)
     dtype = x.dtype if weight is None else weight.dtype
-    return grad_x.to(x.dtype), _over_tokens(grad * normalised).to(dtype)
+    return grad_x.to(x.dtype), grad_weight.to(dtype)
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -127,6 +129,13 @@ class RMSNormFunction(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         grad_x, grad_weight = rms_norm_backward(grad_output, x, weight, rstd)
         return grad_x, None if weight is None else grad_weight, None
+
+
+def _mean_of_weighted(t: Tensor, weight: Tensor | None) -> Tensor:
+    """mean(weight * t) of each token, as one matrix-vector product."""
+    if weight is None:
+        return t.mean(-1, keepdim=True)
+    return (t @ (weight.to(t.dtype) / weight.numel())).unsqueeze(-1)
 
 
 def _over_tokens(grad: Tensor) -> Tensor:

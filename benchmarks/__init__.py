@@ -1,0 +1,1 @@
+"""Ours beside the production kernel: ratios, measured in one process, interleaved."""
