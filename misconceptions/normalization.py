@@ -1,5 +1,7 @@
 """Chapter 01: wrong answers that people give, and right ones in another form."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -76,8 +78,8 @@ def divides_by_the_length_of_the_vector(x, weight, eps=1e-6):
 
 @misconception(
     "rms_norm",
-    "You normalise over the last dimension alone. A weight of shape (3, 8) stands for the last two: "
-    "the mean of the squares is over both.",
+    "You normalise over the last dimension alone. A weight of shape (3, 8) stands for the last "
+    "two: the mean of the squares is over both.",
     see=RMS_NORM,
 )
 def normalises_the_last_dimension_only(x, weight, eps=1e-6):
@@ -131,9 +133,8 @@ def _layer_norm(x, weight, bias, dim, eps, *, over=None, correction=0, widen=Tru
     wide = _wide(x) if widen else x
     over = (dim,) if over is None else over
     centred = wide - wide.mean(over, keepdim=True)
-    count = max(1, centred.numel() // max(1, centred.sum(over).numel()))
-    # A variance by n - 1 of a single value has no meaning; all inputs here have more.
-    variance = centred.square().sum(over, keepdim=True) / max(1, count - correction)
+    variance = centred.square().sum(over, keepdim=True)
+    variance = variance / (x.numel() // variance.numel() - correction)
     scale = torch.rsqrt(variance + eps) if rstd is None else rstd(variance)
     return _affine(centred * scale, weight, bias, dim).to(x.dtype)
 
@@ -439,9 +440,9 @@ def treats_the_root_mean_square_as_constant(grad_y, grad_total, total, weight, e
 
 @misconception(
     "add_rms_norm_backward",
-    "Your gradient loses its mean as well, which is LayerNorm's. That normalising 'costs gradients' "
-    "is true of one direction: RMSNorm forgets the length of x, so nothing comes back along x; all "
-    "D - 1 others come back, scaled by 1 / rms.",
+    "Your gradient loses its mean as well, which is LayerNorm's. That normalising 'costs "
+    "gradients' is true of one direction: RMSNorm forgets the length of x, so nothing comes back "
+    "along x; all D - 1 others come back, scaled by 1 / rms.",
     see=BACKWARD,
 )
 def normalising_costs_gradients(grad_y, grad_total, total, weight, eps=1e-6):
@@ -547,8 +548,9 @@ def asks_autograd(grad_y, grad_total, total, weight, eps=1e-6):
 
 @misconception(
     "deepnorm_residual",
-    "Your alpha multiplies the sublayer. In DeepNorm it multiplies the skip path, so that each "
-    "sublayer moves the stream less the deeper the network is; on the sublayer it does the reverse.",
+    "Your alpha multiplies the sublayer. In DeepNorm it multiplies the skip path, so that a "
+    "sublayer moves the stream less the deeper the network is; on the sublayer it does the "
+    "reverse.",
     see=DEEPNORM,
 )
 def alpha_scales_the_sublayer(x, update, weight, bias, alpha, eps=1e-5):
@@ -619,8 +621,8 @@ def _plan(placement, num_layers, dim, *, alpha=None, beta=None, extra=0, post_up
 
 @misconception(
     "deepnorm_plan",
-    "You count alpha among the trainable numbers. It is a constant of the depth: the paper computes "
-    "it once, and neither it nor beta gets a gradient.",
+    "You count alpha among the trainable numbers. It is a constant of the depth, computed once: "
+    "neither it nor beta gets a gradient.",
     see=DEEPNORM,
 )
 def alpha_is_learnable(placement, num_layers, dim):
@@ -671,10 +673,8 @@ def uses_the_constants_with_cross_attention(placement, num_layers, dim):
 @alternative("deepnorm_plan")
 def takes_roots_of_roots(placement, num_layers, dim):
     deep = placement == "deepnorm"
-    alpha = float(torch.tensor(2.0 * num_layers, dtype=torch.float64).sqrt().sqrt()) if deep else 1
-    beta = (
-        1 / float(torch.tensor(8.0 * num_layers, dtype=torch.float64).sqrt().sqrt()) if deep else 1
-    )
+    alpha = math.sqrt(math.sqrt(2 * num_layers)) if deep else 1
+    beta = 1 / math.sqrt(math.sqrt(8 * num_layers)) if deep else 1
     update = 1.0 if deep else 4.0 * num_layers
     return {"update": update, "trainable": num_layers * dim * 4, "beta": beta, "alpha": alpha}
 
@@ -709,8 +709,8 @@ def counts_the_padding(x, is_real, weight, bias, eps=1e-5):
 
 @misconception(
     "masked_batch_norm",
-    "You sum the real positions but divide by all of them. Divide by the number that are real, both "
-    "for the mean and for the variance.",
+    "You sum the real positions but divide by all of them. Divide by the number that are real, "
+    "both for the mean and for the variance.",
     see=PADDING,
 )
 def divides_by_all_positions(x, is_real, weight, bias, eps=1e-5):
@@ -809,8 +809,8 @@ def averages_the_means_of_the_blocks(blocks):
 
 @misconception(
     "streamed_statistics",
-    "You average the variances within the blocks. How far their means lie apart counts as well: add "
-    "gap^2 * count * n / (count + n) at each merge.",
+    "You average the variances within the blocks. How far their means lie apart counts as well: "
+    "add gap^2 * count * n / (count + n) at each merge.",
     see=ONE_PASS,
 )
 def forgets_the_variance_between_blocks(blocks):
@@ -822,8 +822,9 @@ def forgets_the_variance_between_blocks(blocks):
 
 @misconception(
     "streamed_statistics",
-    "Your variance is E[x^2] - E[x]^2. With a mean of 8192 both terms are 67 million, where float32 "
-    "numbers lie 4 to 8 apart: the difference is noise. Keep deviations from the running mean.",
+    "Your variance is E[x^2] - E[x]^2. With a mean of 8192 both terms are 67 million, where "
+    "float32 numbers lie 4 to 8 apart: the difference is noise. Keep deviations from the running "
+    "mean.",
     see=ONE_PASS,
 )
 def subtracts_the_square_of_the_mean(blocks):
@@ -845,8 +846,8 @@ def divides_the_sum_by_one_less(blocks):
 
 @misconception(
     "streamed_statistics",
-    "You join the blocks first. The values are right, but the memory is what the exercise is about: "
-    "a row that does not fit cannot be joined.",
+    "You join the blocks first. The values are right, but the memory is what the exercise is "
+    "about: data that do not fit cannot be joined.",
     see=ONE_PASS,
 )
 def joins_all_blocks(blocks):
