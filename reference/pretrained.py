@@ -90,21 +90,31 @@ def capture(
 
     Raises: ValueError for a name that the model does not have.
     """
+    seen = _watch(model, input_ids, names)
+    return {
+        name: Activation(given, returned if isinstance(returned, Tensor) else returned[0])
+        for name, (given, returned) in seen.items()
+    }
+
+
+def _watch(
+    model: nn.Module, input_ids: Tensor, names: Iterable[str]
+) -> dict[str, tuple[Tensor, Any]]:
+    """What each submodule was given first and all that it returned."""
     modules = dict(model.named_modules())
     names = list(names)
     for name in names:
         if name not in modules:
             raise ValueError(f"names: the model has no submodule {name!r}; see named_modules()")
-    seen: dict[str, Activation] = {}
+    seen: dict[str, tuple[Tensor, Any]] = {}
 
-    def watch(name: str) -> Any:
+    def hook_for(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            given = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-            seen[name] = Activation(given, output if isinstance(output, Tensor) else output[0])
+            seen[name] = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), output
 
-        return modules[name].register_forward_hook(hook, with_kwargs=True)
+        return hook
 
-    handles = [watch(name) for name in names]
+    handles = [modules[n].register_forward_hook(hook_for(n), with_kwargs=True) for n in names]
     try:
         with torch.no_grad():
             model(input_ids)
@@ -124,17 +134,17 @@ def capture_attention(model: Any, input_ids: Int[Tensor, "B T"], layer: int) -> 
     if not 0 <= layer < model.config.num_hidden_layers:
         raise ValueError(f"layer: expected 0 to {model.config.num_hidden_layers - 1}, got {layer}")
     inside = f"model.layers.{layer}.self_attn"
-    seen = capture(model, input_ids, [f"{inside}.{p}_proj" for p in "qkvo"])
+    seen = _watch(model, input_ids, [inside, *(f"{inside}.{p}_proj" for p in "qkvo")])
     head_dim = model.config.head_dim
 
     def split(x: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, d)
         return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
-    q, k, v = (split(seen[f"{inside}.{p}_proj"].output) for p in "qkv")
+    q, k, v = (split(seen[f"{inside}.{p}_proj"][1]) for p in "qkv")
     cos, sin = model.model.rotary_emb(q, torch.arange(q.shape[2], device=q.device)[None])
     q, k = apply_rotary_pos_emb(q, k, cos, sin)
-    output = split(seen[f"{inside}.o_proj"].input)
-    return Attention(q, k, v, attention_maps(model, input_ids)[layer], output)
+    output = split(seen[f"{inside}.o_proj"][0])
+    return Attention(q, k, v, seen[inside][1][1], output)
 
 
 def attention_maps(model: Any, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "L B H T T"]:
