@@ -1,0 +1,175 @@
+# Exercise a8b1f816f8df: write your answers below, and leave this line as it is.
+"""Chapter 01: normalization."""
+
+import torch
+from torch import nn
+
+
+def rms_norm(x, weight, eps=1e-6):
+    """RMSNorm over as many trailing dimensions as `weight` has.
+
+    x: (..., *weight.shape), any floating dtype    weight: usually (D,), or (H, d) for whole heads
+    returns the shape and dtype of x
+
+    Divide x by sqrt(mean of x^2 over those dimensions + eps), then multiply by weight. For float16
+    and bfloat16 input all of it happens in float32, and the result is rounded once, at the end, as
+    torch.nn.functional.rms_norm does. (reference.normalization.rms_norm takes a weight (D,) alone,
+    and rounds before the weight, as Llama does. Either order of rounding passes.)
+
+    Use tensor operations; F.rms_norm is the answer sheet.
+
+    Source: arXiv 1910.07467, eq. 4.
+    """
+    raise NotImplementedError("rms_norm: not written yet")
+
+
+def layer_norm(x, weight, bias, dim, eps=1e-5):
+    """LayerNorm along any one dimension, as a convolutional network wants it along its channels.
+
+    x: any shape and floating dtype    weight, bias: (x.shape[dim],)    dim: may be negative
+    returns the shape and dtype of x
+
+    Along `dim`: subtract the mean, divide by sqrt(variance + eps), multiply by weight, add bias.
+    The variance divides by the number of values, not by one less. For float16 and bfloat16 input
+    all of it happens in float32, and the result is rounded once.
+
+    Use tensor operations; F.layer_norm is the answer sheet.
+
+    Source: arXiv 1607.06450, eq. 4.
+    """
+    raise NotImplementedError("layer_norm: not written yet")
+
+
+class BatchNorm(nn.Module):
+    """BatchNorm of (N, C) or (N, C, L) input, one mean and variance a channel, with running ones.
+
+    weight (C,) starts at one and bias (C,) at zero, both nn.Parameter; running_mean (C,) starts at
+    zero and running_var (C,) at one, both tensors without gradient.
+
+    In training mode (self.training) each channel is normalised by the mean and variance (divided by
+    n, the number of values of the channel) of this batch, over examples and positions. Then
+
+        running <- (1 - momentum) * running + momentum * (this batch's)
+
+    where running_var takes the unbiased variance, divided by n - 1. In evaluation mode the running
+    statistics normalise, and stay as they are. Training with one value a channel is a ValueError.
+
+    Source: arXiv 1502.03167, algorithms 1 and 2.
+    """
+
+    def __init__(self, dim, momentum=0.1, eps=1e-5):
+        super().__init__()
+        raise NotImplementedError("BatchNorm.__init__: not written yet")
+
+    def forward(self, x):
+        """x: (N, C) or (N, C, L), returns the same shape."""
+        raise NotImplementedError("BatchNorm.forward: not written yet")
+
+
+def run_batch_norm(batches, held_out, weight, bias, momentum=0.1, eps=1e-5):
+    """Train a BatchNorm on each batch, then evaluate it on `held_out`. Given: do not change.
+
+    returns a dict: outputs (a list, one a batch), running_mean and running_var after training,
+    evaluated, and running_mean_after, which evaluation should leave alone
+    """
+    norm = BatchNorm(weight.numel(), momentum, eps)
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+        norm.bias.copy_(bias)
+    norm.train()
+    outputs = [norm(batch).detach() for batch in batches]
+    mean, variance = norm.running_mean.detach().clone(), norm.running_var.detach().clone()
+    norm.eval()
+    evaluated = norm(held_out).detach()
+    return {
+        "outputs": outputs,
+        "running_mean": mean,
+        "running_var": variance,
+        "evaluated": evaluated,
+        "running_mean_after": norm.running_mean.detach().clone(),
+    }
+
+
+def add_rms_norm_backward(grad_y, grad_total, total, weight, eps=1e-6):
+    """The gradient of a residual addition and the RMSNorm after it, as one step.
+
+    Forward, in a Pre-LN block:  total = x + update;  y = total / sqrt(mean(total^2) + eps) * weight
+    and both leave it: y goes to the next sublayer, total goes on along the skip path.
+
+    grad_y: (..., D) dL/dy    grad_total: (..., D) what comes back along the skip path
+    total: (..., D)    weight: (D,)    all float32 or float64
+    returns (grad, grad_weight): grad (..., D), the same for x and update; grad_weight (D,)
+
+    Derive it on paper first and write the formulas: autograd is the answer sheet.
+
+    Source: arXiv 1910.07467, eq. 8 and 9.
+    """
+    raise NotImplementedError("add_rms_norm_backward: not written yet")
+
+
+def deepnorm_residual(x, update, weight, bias, alpha, eps=1e-5):
+    """One DeepNorm residual connection: LayerNorm of the skip path and the sublayer's update.
+
+    x: (..., D) the skip path    update: (..., D) what the sublayer computed from x
+    weight, bias: (D,) of the LayerNorm    alpha: a float above 1, a constant of the model's depth
+    returns (..., D)
+
+    The program below trains, slowly, and then not at all when the network is deep. Find the one
+    thing that is wrong: the paper has  x_next = LN(alpha * x + G(x)).
+
+    Source: arXiv 2203.00555, eq. 1 and fig. 2.
+    """
+    total = x + alpha * update
+    centred = total - total.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return centred * rstd * weight + bias
+
+
+def deepnorm_plan(placement, num_layers, dim):
+    """What a decoder-only model of N layers costs and risks, under Post-LN and under DeepNorm.
+
+    placement: "post" or "deepnorm"    num_layers: N, each with an attention and a feed-forward
+    sublayer, each followed by one LayerNorm with weight and bias    dim: the model width
+    returns a dict of numbers:
+        "alpha"      factor of the skip path (1 for Post-LN)
+        "beta"       gain of the initial weights of value, output and feed-forward (1 for Post-LN)
+        "trainable"  trainable numbers in all residual connections and their norms (an int)
+        "update"     how far the output moves in one step of the optimizer, up to a constant that
+                     does not depend on N:  number of sublayers * (v^2 + w^2) / alpha^2, where
+                     v = w = beta are the gains of a sublayer's two matrices
+
+    Source: arXiv 2203.00555, fig. 2 and sec. 4.2.
+    """
+    raise NotImplementedError("deepnorm_plan: not written yet")
+
+
+def masked_batch_norm(x, is_real, weight, bias, eps=1e-5):
+    """BatchNorm of padded text in training: padding counts for nothing and comes out as zero.
+
+    x: (B, T, C), where padded positions hold anything    is_real: (B, T) boolean, False = padding
+    weight, bias: (C,)    returns (B, T, C)
+
+    Mean and variance of each channel are over the real positions of all sequences alone; the
+    variance divides by their number. Padded positions of the result are exactly zero. At least two
+    positions are real. What padded positions hold, were it NaN, changes nothing.
+    """
+    raise NotImplementedError("masked_batch_norm: not written yet")
+
+
+def streamed_statistics(blocks):
+    """Mean and variance of each feature, reading each block once and keeping none.
+
+    blocks: a list of tensors (n_i, C), float32; the n_i differ, and some are 0
+    returns (mean, variance), each (C,) float32; the variance divides by the total count (>= 1)
+
+    This is how a kernel normalises rows that do not fit its memory, and how ranks that each hold a
+    part of a batch agree on its statistics. Two demands beside the values: no tensor larger than
+    the largest block, and no cancellation: the grader's data has a mean of thousands and a variance
+    near 1, where E[x^2] - E[x]^2 loses every digit in float32 (and float64 is not the way out: an
+    accelerator may have none).
+
+    Merge (count, mean, sum of squared deviations) of what was read with those of the next block.
+
+    Source: Chan, Golub, LeVeque 1979, Updating formulae, eq. 2.1.
+    """
+    raise NotImplementedError("streamed_statistics: not written yet")
