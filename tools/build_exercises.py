@@ -53,7 +53,15 @@ def generate(solution: Path) -> str:
     Raises: MarkerError.
     """
     name = f"{solution.parent.name}/{solution.name}"
-    text = solution.read_text(encoding="utf-8")
+    body = strip(solution.read_text(encoding="utf-8"), name)
+    return HEADER.format(_digest(body)) + body
+
+
+def strip(text: str, name: str) -> str:
+    """A solution's text without its answers; `name` is for messages.
+
+    Raises: MarkerError.
+    """
     try:
         functions = _functions(text)
     except SyntaxError as error:
@@ -65,13 +73,12 @@ def generate(solution: Path) -> str:
         kept += lines[after:begin]
         kept += _stripped(lines[begin + 1 : end], lines[begin], begin + 1, functions, name)
         after = end + 1
-    kept += lines[after:]
-    body = "\n".join(kept) + "\n"
+    body = "\n".join([*kept, *lines[after:]]) + "\n"
     try:
         ast.parse(body)
     except SyntaxError as error:
         raise MarkerError(f"{name}: the exercise would not parse: {error}") from error
-    return HEADER.format(_digest(body)) + body
+    return body
 
 
 def is_edited(text: str) -> bool:

@@ -1,0 +1,110 @@
+# Two commands matter: `make lab` (students) and `make test` (authors). `make help` lists the rest.
+# Each makes .venv on its first run; needs python3 >= 3.11 with venv, git and make.
+
+PYTHON ?= python3
+VENV   ?= .venv
+NB     ?=
+FORCE  ?=
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+MODEL  := .cache/smollm2-135m/model.safetensors
+JOBS   := 2
+FLAGS  := $(if $(FORCE),--force)
+
+step = @printf '\n== %s\n' "$(1)"
+
+.PHONY: help lab test lint types layers exercises-check notebooks-check tests shapes \
+        notebooks-test model notebooks exercises slides bench clean
+
+help:
+	@printf '%s\n' \
+	  'make lab         open the course in JupyterLab' \
+	  'make test        all checks of the course itself, as in CI' \
+	  'make model       fetch SmolLM2-135M (90 MB, once)' \
+	  'make exercises   solutions/ -> exercises/; FORCE=1 replaces edited ones, with a backup' \
+	  'make notebooks   notebooks/src/ -> notebooks/; NB="01_normalization ..." FORCE=1' \
+	  'make slides      notebooks/ -> slides/; NB="..."' \
+	  'make bench       reference beside production code: time and memory' \
+	  'make clean       remove caches and slides; .venv, the model and your work stay'
+
+$(READY): pyproject.toml constraints.txt
+	$(call step,Installing into $(VENV) (some minutes the first time))
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(MODEL): | $(READY)
+	$(call step,Fetching SmolLM2-135M)
+	$(BIN)/python -m tools.fetch_model
+
+model: $(MODEL)
+
+# Without a network the course still opens; chapters that need the model then say so.
+lab: $(READY)
+	@test -f $(MODEL) || $(MAKE) --no-print-directory model || true
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+test: lint types layers exercises-check notebooks-check tests shapes notebooks-test
+	$(call step,All checks passed)
+
+lint: $(READY)
+	$(call step,Style: ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(call step,Types: mypy)
+	$(BIN)/mypy
+
+layers: $(READY)
+	$(call step,Architecture: import-linter)
+	$(BIN)/lint-imports
+
+exercises-check: $(READY)
+	$(call step,Exercises in step with solutions)
+	$(BIN)/python -m tools.build_exercises --check
+
+notebooks-check: $(READY)
+	$(call step,Notebooks in step with their sources)
+	$(BIN)/python -m tools.check_notebooks
+
+tests: export OMP_NUM_THREADS := 1
+tests: export HF_HUB_OFFLINE := 1
+tests: $(READY) $(MODEL)
+	$(call step,Tests)
+	$(BIN)/python -m pytest tests -q -n $(JOBS) --dist worksteal
+
+shapes: export OMP_NUM_THREADS := 1
+shapes: export HF_HUB_OFFLINE := 1
+shapes: $(READY) $(MODEL)
+	$(call step,Tests of the reference again: shapes and types of every call checked)
+	$(BIN)/python -m pytest tests/reference -q -n $(JOBS) --dist worksteal \
+	  --jaxtyping-packages=reference,beartype.beartype
+
+# Of the usual options only nbval's own apply: a notebook's kernel is not a test.
+notebooks-test: export OMP_NUM_THREADS := 1
+notebooks-test: export HF_HUB_OFFLINE := 1
+notebooks-test: $(READY) $(MODEL)
+	$(call step,Notebooks executed again: the same outputs)
+	$(BIN)/python -m pytest -o addopts= --nbval --nbval-current-env --nbval-cell-timeout 300 \
+	  --nbval-sanitize-with tools/nbval.cfg -q -n $(JOBS) --dist loadfile notebooks/*.ipynb
+
+exercises: $(READY)
+	$(BIN)/python -m tools.build_exercises $(FLAGS)
+
+notebooks: $(READY) $(MODEL)
+	$(BIN)/python -m tools.build_notebooks $(FLAGS) $(NB)
+
+$(VENV)/.slides: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[slides]"
+	@touch $@
+
+slides: $(VENV)/.slides
+	$(BIN)/python -m tools.build_slides $(NB)
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf build slides .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
