@@ -1,4 +1,4 @@
-# Exercise f50ecd8e5b5b: write your answers below, and leave this line as it is.
+# Exercise 6c55ad2ca9af: write your answers below, and leave this line as it is.
 """Chapter 04: attention."""
 
 import math
@@ -18,7 +18,8 @@ def scaled_dot_product_attention(q, k, v, is_kept=None, dropout_rate=0.0):
 
     Use products and torch.softmax; F.scaled_dot_product_attention is the answer sheet.
 
-    Source: Attention is all you need, arXiv 1706.03762, eq. 1 and sec. 5.4.
+    Source: Attention is all you need, arXiv 1706.03762, eq. 1; the dropout is what BERT's
+    configuration calls attention_probs_dropout_prob.
     """
     raise NotImplementedError("scaled_dot_product_attention: not written yet")
 

@@ -17,7 +17,8 @@ def scaled_dot_product_attention(q, k, v, is_kept=None, dropout_rate=0.0):
 
     Use products and torch.softmax; F.scaled_dot_product_attention is the answer sheet.
 
-    Source: Attention is all you need, arXiv 1706.03762, eq. 1 and sec. 5.4.
+    Source: Attention is all you need, arXiv 1706.03762, eq. 1; the dropout is what BERT's
+    configuration calls attention_probs_dropout_prob.
     """
     # BEGIN SOLUTION
     scores = q @ k.mT / math.sqrt(q.shape[-1])

@@ -33,7 +33,8 @@ def scaled_dot_product_attention(
     """Average `v` by the softmax of the scaled products of `q` and `k`.
 
     Key/value heads are repeated for the query heads that share them. A query that sees no key gets
-    zeros. Products and result in the dtype of `q`; the softmax in float32 at least.
+    zeros. Products and result in the dtype of `q`; the softmax in float32 at least. In float16 the
+    product overflows at 65504 before it is scaled: for inputs so large pass `q * s` and `scale=1`.
 
     Raises: ValueError for shapes that do not fit, TypeError for unequal or integer dtypes.
     Source: arXiv 1706.03762, eq. 1.

@@ -76,7 +76,7 @@ class TestScaledDotProductAttention:
     hints=(
         "Two conditions on a pair (query, key), each simple as booleans of shape (T, S) and "
         "(B, S). Combine them while they are boolean.",
-        "RuntimeError 'cannot be converted to type at::Half without overflow': float16 ends at "
+        "RuntimeError 'cannot be converted to type c10::Half without overflow': float16 ends at "
         "65504, use -inf. Right for T = S and wrong otherwise: query t stands at position "
         "S - T + t, not t.",
         "is_past[t, s] = s <= S - T + t; is_seen = is_real[:, None, None, :] & is_past; start from "

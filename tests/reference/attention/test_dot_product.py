@@ -141,6 +141,14 @@ def test_large_half_precision_scores_stay_finite(attend):
     assert out.isfinite().all()
 
 
+@both_forms
+def test_queries_scaled_first_avoid_overflow_in_half_precision(attend):
+    q, k, v = (torch.full((1, 1, 3, 64), 40.0, dtype=torch.float16) for _ in range(3))
+    assert attend(q, k, v).isnan().all()
+    expected = F.scaled_dot_product_attention(q, k, v)
+    assert_close(attend(q / 8, k, v, scale=1.0), expected)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(0, 3),
