@@ -717,7 +717,7 @@ def _with_cache(q, k, v, k_cache, v_cache, *, interleave=True, diagonal=None, is
     "attend_with_cache",
     "Both faults are still there. repeat lays heads out as 0 1 0 1 where checkpoints mean "
     "0 0 1 1, and tril() lets the first new token see only the oldest key.",
-    see=PRACTICE,
+    see=ELSEWHERE,
 )
 def repeats_heads_and_aligns_at_the_top_left(q, k, v, k_cache, v_cache):
     return _with_cache(q, k, v, k_cache, v_cache, interleave=False, diagonal=0)
@@ -727,7 +727,7 @@ def repeats_heads_and_aligns_at_the_top_left(q, k, v, k_cache, v_cache):
     "attend_with_cache",
     "One fault is left: the causal mask is aligned at the top left, so that a new token sees the "
     "oldest keys and not itself. Align it at the bottom right: tril(S - T).",
-    see=PRACTICE,
+    see=ELSEWHERE,
 )
 def aligns_a_cached_mask_at_the_top_left(q, k, v, k_cache, v_cache):
     return _with_cache(q, k, v, k_cache, v_cache, diagonal=0)
@@ -737,7 +737,7 @@ def aligns_a_cached_mask_at_the_top_left(q, k, v, k_cache, v_cache):
     "attend_with_cache",
     "One fault is left: repeat lays the key/value heads out as 0 1 0 1. Query head h reads head "
     "h // G: 0 0 1 1, repeat_interleave.",
-    see=PRACTICE,
+    see=GROUPS,
 )
 def repeats_heads_of_the_cache(q, k, v, k_cache, v_cache):
     return _with_cache(q, k, v, k_cache, v_cache, interleave=False)
@@ -919,7 +919,7 @@ def _packed(q, k, v, documents, window, chunk_size, *, back=None, same=True, ful
 @misconception(
     "packed_attention",
     "Your values are right, but all T x T scores exist at once. Take the queries chunk by chunk.",
-    see=PRACTICE,
+    see=COST,
 )
 def holds_all_scores_at_once(q, k, v, documents, window, chunk_size):
     distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])

@@ -312,7 +312,7 @@ for name in scales:
 # Without the scale a wide head is decided before it has learned anything: at $d = 1024$ it listens
 # to hardly more than one key, and the slope of the softmax, through which every gradient of $q$
 # and $k$ must pass, is nearly gone. With $1/d$ the opposite: all keys alike, whatever they say.
-# Only $1/\sqrt d$ does not depend on $d$.
+# Only $1/\sqrt d$ keeps the same contrast at every $d$.
 #
 # **The width that counts is the head's.** Multi-head code has two widths at hand, and
 # $\sqrt{\text{hidden}}$ is a mistake that never crashes: with 9 heads all scores are 3 times too
@@ -349,9 +349,9 @@ print(f"spread of the trained scores: median {score_spread.median():.1f}, from "
       f"{score_spread.min():.1f} to {score_spread.max():.1f} (1 for random q and k)")  # fmt: skip
 
 # %% [markdown]
-# The footnote describes a model at its *first* step. A trained head has left variance 1 behind, in
-# either direction, because training chose how sharp it should be. The scale is a fair start, not a
-# law of trained weights; what it fixes is that heads of every width start alike.
+# The footnote describes a model at its *first* step. A trained head has left variance 1 behind,
+# nearly always upwards, because training chose how sharp it should be. The scale is a fair start,
+# not a law of trained weights; what it fixes is that heads of every width start alike.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 4. Masks
@@ -740,7 +740,7 @@ print("cached keys:", tuple(cache.layers[8].keys.shape), "- key/value heads, not
 
 # %% [markdown]
 # ### Exercise: `attend_with_cache`
-# *repair, 8 minutes, difficulty 2.* A decoding step with two faults from real code bases. It
+# *repair, 8 minutes, difficulty 2.* A decoding step with two faults that real code has had. It
 # passes a test without a cache and without shared heads, which is how such code ships.
 
 # %% tags=["nbval-ignore-output"]
@@ -875,7 +875,7 @@ print(f"weight on the previous token {previous:.2f}, on the first {maps[18, 8][1
 # %% [markdown] slideshow={"slide_type": "slide"}
 # The same head need not do the same thing twice. Layer 18, head 6 is an *induction head*: it finds
 # an earlier copy of the current token and reads what came *after* it. Give it random tokens, twice
-# in a row, and then a sentence in which nothing repeats:
+# in a row, and then the sentence of section 2, where no two words repeat in sequence:
 
 # %%
 repeated = torch.randint(1000, 20000, (1, 30), generator=torch.Generator().manual_seed(0))
@@ -918,8 +918,8 @@ for name, some in (("layers 12 to 29", range(12, 30)), ("layers 10 and 11", (10,
 
 # %% [markdown]
 # It has: where the first token takes half of all attention, its value is a fifth of the others'.
-# Two layers break the pattern and confirm it, 10 and 11: there its value is large, and hardly
-# anybody reads it.
+# Two layers break the pattern and confirm it, 10 and 11: there its value is larger than the
+# others', and hardly anybody reads it.
 #
 # Now the second curve of section 1 is no riddle. A window that slides past the first token takes
 # away the heads' resting place, and their shares are forced onto words that mean something.
@@ -1235,7 +1235,7 @@ print("padded on the right:", next_words(prompts, "right"))
 # | NaN in some batches | a row that sees nothing; a finite mask value in float16 | 4, 15 |
 # | checkpoint loads, output is noise | `repeat` of heads; heads merged by a view | 6, 7 |
 # | short prompts of a batch answer nonsense | padding on the right in generation | 15 |
-# | learning is slow, maps are flat | divided by sqrt(hidden) | 3 |
+# | attention maps are flat | divided by sqrt(hidden) | 3 |
 # | memory grows back with GQA | key/value heads repeated in memory | 7 |
 
 # %% [markdown] slideshow={"slide_type": "slide"}
@@ -1252,7 +1252,7 @@ print("padded on the right:", next_words(prompts, "right"))
 # - Order enters from outside, or, in a deep causal model, through the mask.
 #
 # **Further reading.** Vaswani et al. 2017 (1706.03762), sections 3.2 and the footnote of 3.2.1.
-# Shazeer 2019 (1911.02150): four pages on bytes. Ainslie et al. 2023 (2305.13245): from a
+# Shazeer 2019 (1911.02150): short, and all about bytes. Ainslie et al. 2023 (2305.13245): from a
 # multi-head checkpoint to groups. Olsson et al. 2022 (2209.11895): induction heads. Xiao et al.
 # 2023 (2309.17453): sinks. Next: chapter 05 puts the layer into a model, 06 keeps its keys, 07
 # never writes its scores down.
