@@ -81,11 +81,14 @@ shapes: $(READY) $(MODEL)
 	$(BIN)/python -m pytest tests/reference -q -n $(JOBS) --dist worksteal \
 	  --jaxtyping-packages=reference,beartype.beartype
 
-# Of the usual options only nbval's own apply: a notebook's kernel is not a test.
+# Only nbval's own options apply, and an empty IPython profile: no settings of the user's.
 notebooks-test: export OMP_NUM_THREADS := 1
 notebooks-test: export HF_HUB_OFFLINE := 1
+notebooks-test: export IPYTHONDIR := $(CURDIR)/build/ipython
 notebooks-test: $(READY) $(MODEL)
 	$(call step,Notebooks executed again: the same outputs)
+	@mkdir -p build/ipython/profile_default
+	@echo 'c.IPKernelApp.log_level = 40' > build/ipython/profile_default/ipython_kernel_config.py
 	$(BIN)/python -m pytest -o addopts= --nbval --nbval-current-env --nbval-cell-timeout 300 \
 	  --nbval-sanitize-with tools/nbval.cfg -q -n $(JOBS) --dist loadfile notebooks/*.ipynb
 

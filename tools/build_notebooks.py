@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import os
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -41,9 +42,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     stale = [stem for stem in wanted if options.force or not is_current(root, stem)]
     for stem in (s for s in wanted if s not in stale):
         print(f"{stem}: in step (--force executes it again)")
-    os.environ.pop("MPLBACKEND", None)  # the kernel chooses inline figures only where it is unset
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    return asyncio.run(_build_all(root, stale))
+    with tempfile.TemporaryDirectory(prefix="ipython-") as folder:
+        return asyncio.run(_build_all(root, stale, _environment(Path(folder))))
 
 
 def stems(root: Path) -> list[str]:
@@ -68,7 +68,7 @@ def unexecuted(source: str) -> NotebookNode:
     return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
 
 
-async def execute(notebook: NotebookNode, folder: Path) -> None:
+async def execute(notebook: NotebookNode, folder: Path, environment: dict[str, str]) -> None:
     """Run all cells in `folder`, in place, and leave out what differs from run to run.
 
     Raises: nbclient.exceptions.CellExecutionError, with the traceback.
@@ -82,7 +82,7 @@ async def execute(notebook: NotebookNode, folder: Path) -> None:
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
         store_widget_state=False,
-    ).async_execute()
+    ).async_execute(env=environment)
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -108,24 +108,33 @@ def inputs(notebook: NotebookNode) -> list[tuple[str, str, str, dict]]:
     return [(c.id, c.cell_type, c.source, dict(c.metadata)) for c in notebook.cells]
 
 
-async def _build_all(root: Path, stale: list[str]) -> int:
+def _environment(profiles: Path) -> dict[str, str]:
+    """A kernel's environment without the author's IPython, matplotlib and hub settings."""
+    profile = profiles / "profile_default"
+    profile.mkdir()
+    (profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")
+    kept = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
+    return {**kept, "IPYTHONDIR": str(profiles), "HF_HUB_OFFLINE": "1"}
+
+
+async def _build_all(root: Path, stale: list[str], environment: dict[str, str]) -> int:
     turn = asyncio.Semaphore(AT_ONCE)
 
     async def in_turn(stem: str) -> int:
         async with turn:
-            return await _build(root, stem)
+            return await _build(root, stem, environment)
 
     return max(await asyncio.gather(*map(in_turn, stale)), default=0)
 
 
-async def _build(root: Path, stem: str) -> int:
+async def _build(root: Path, stem: str, environment: dict[str, str]) -> int:
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     started = time.perf_counter()
     source = (root / "notebooks" / "src" / f"{stem}.py").read_text(encoding="utf-8")
     notebook = unexecuted(source)
     try:
-        await execute(notebook, root / "notebooks")
+        await execute(notebook, root / "notebooks", environment)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         print(f"{stem}: failed, nothing written\n{error}", file=sys.stderr)
         return 1
