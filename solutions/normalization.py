@@ -133,7 +133,7 @@ def add_rms_norm_backward(grad_y, grad_total, total, weight, eps=1e-6):
 
     Derive it on paper first and write the formulas: autograd is the answer sheet.
 
-    Source: arXiv 1910.07467, eq. 8 and 9.
+    Source: arXiv 1910.07467, sec. 4.2.
     """
     # BEGIN SOLUTION
     rstd = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
@@ -152,10 +152,10 @@ def deepnorm_residual(x, update, weight, bias, alpha, eps=1e-5):
     weight, bias: (D,) of the LayerNorm    alpha: a float above 1, a constant of the model's depth
     returns (..., D)
 
-    The program below trains, slowly, and then not at all when the network is deep. Find the one
-    thing that is wrong: the paper has  x_next = LN(alpha * x + G(x)).
+    The program below learns as well as the right one with 12 layers, and nothing with 48. Find the
+    one thing that is wrong.
 
-    Source: arXiv 2203.00555, eq. 1 and fig. 2.
+    Source: arXiv 2203.00555, sec. 4.1 and fig. 2.
     """
     # BEGIN SOLUTION
     total = alpha * x + update

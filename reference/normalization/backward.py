@@ -11,7 +11,7 @@ Autograd through the forward formulas keeps each intermediate. The functions at 
 one or two numbers a token, as torch's own kernels do.
 
 Shapes: D model width; everything before it is batch.
-Papers: LayerNorm, 1607.06450, sec. 5.1; RMSNorm, 1910.07467, eq. 8 and 9.
+Papers: LayerNorm, 1607.06450, eq. 4, differentiated; RMSNorm, 1910.07467, sec. 4.2.
 """
 
 from typing import Any
@@ -66,7 +66,7 @@ def rms_norm_backward(
     Dtypes as `layer_norm_backward`.
 
     Raises: ValueError for shapes that do not fit.
-    Source: arXiv 1910.07467, eq. 8 and 9.
+    Source: arXiv 1910.07467, sec. 4.2.
     """
     _check_grad(grad_output, x, weight)
     wide = wide_dtype(x)

@@ -103,7 +103,7 @@ class DeepNorm(nn.Module):
     The block does not initialise its sublayer: give the feed-forward, value and output projections
     `nn.init.xavier_normal_(weight, gain=beta)`, queries and keys gain 1.
 
-    Source: arXiv 2203.00555, eq. 1 and fig. 2.
+    Source: arXiv 2203.00555, sec. 4.1 and fig. 2.
     """
 
     def __init__(self, sublayer: Layer, norm: Layer, *, alpha: float) -> None:

@@ -322,9 +322,9 @@ class TestDeepNormResidual:
         for num_layers in (12, 1000):
             self._check(student, rng, (2 * num_layers) ** 0.25)
 
-    def test_is_post_ln_at_alpha_one(self, student, rng):
-        """is Post-LN where alpha is 1"""
-        self._check(student, rng, 1.0)
+    def test_takes_alpha_as_given(self, student, rng):
+        """weighs the skip path by any alpha, below 1 as well"""
+        self._check(student, rng, 0.4)
 
     def test_eps(self, student, rng):
         """keeps eps under the root"""

@@ -509,11 +509,11 @@ class TestDeepNormConstants:
         for got, value in zip((*encoder, *decoder), expected, strict=True):
             assert math.isclose(got, value, abs_tol=5e-4)
 
-    def test_invariant_one_sided_update_bound(self):
-        """DeepNet, sec. 4.1: 2 N beta^2 / alpha^2 stays 1/2 whatever the depth."""
+    def test_invariant_update_bound(self):
+        """DeepNet, sec. 4.3: 2 N (v^2 + w^2) / alpha^2 = 1 with v = w = beta at every depth."""
         for num_layers in (1, 6, 48, 1000):
             alpha, beta = deepnorm_constants(num_layers)
-            assert math.isclose(2 * num_layers * beta**2 / alpha**2, 0.5)
+            assert math.isclose(2 * num_layers * 2 * beta**2 / alpha**2, 1)
 
     def test_rejects_no_layers(self):
         with pytest.raises(ValueError, match="num_layers: expected at least 1, got 0"):
