@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 NB     ?=
 FORCE  ?=
+LAB    ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 MODEL  := .cache/smollm2-135m/model.safetensors
@@ -18,7 +19,7 @@ step = @printf '\n== %s\n' "$(1)"
 
 help:
 	@printf '%s\n' \
-	  'make lab         open the course in JupyterLab' \
+	  'make lab         open the course in JupyterLab; LAB="--no-browser --port 9999"' \
 	  'make test        all checks of the course itself, as in CI' \
 	  'make model       fetch SmolLM2-135M (90 MB, once)' \
 	  'make exercises   solutions/ -> exercises/; FORCE=1 replaces edited ones, with a backup' \
@@ -42,7 +43,7 @@ model: $(MODEL)
 # Without a network the course still opens; chapters that need the model then say so.
 lab: $(READY)
 	@test -f $(MODEL) || $(MAKE) --no-print-directory model || true
-	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+	$(BIN)/jupyter lab $(LAB) notebooks/00_start_here.ipynb
 
 test: lint types layers exercises-check notebooks-check tests shapes notebooks-test
 	$(call step,All checks passed)
