@@ -100,11 +100,7 @@ exercises: $(READY)
 notebooks: $(READY) $(MODEL)
 	$(BIN)/python -m tools.build_notebooks $(FLAGS) $(NB)
 
-$(VENV)/.slides: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[slides]"
-	@touch $@
-
-slides: $(VENV)/.slides
+slides: $(READY)
 	$(BIN)/python -m tools.build_slides $(NB)
 
 bench: $(READY)

@@ -1,6 +1,5 @@
 """Slides: self-contained, with notes for the speaker and without the cells that are skipped."""
 
-import importlib.metadata
 import re
 
 import pytest
@@ -28,10 +27,6 @@ print("shown")
 
 @pytest.fixture(scope="module")
 def page():
-    try:
-        importlib.metadata.distribution("sphinx-mathjax-offline")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("needs the extra: pip install -e .[slides]")
     return slides(unexecuted(SOURCE))
 
 
