@@ -7,6 +7,21 @@ gated      GLU, ReGLU, GEGLU, SwiGLU, and the feed-forward layers made of them
 width      the 2/3 rule, Llama's rounding, parameters and FLOPs
 """
 
+from reference.activations.backward import (
+    SwiGLUFunction,
+    geglu_backward,
+    gelu_slope,
+    glu_backward,
+    leaky_relu_slope,
+    reglu_backward,
+    relu_slope,
+    sigmoid_slope,
+    silu_slope,
+    swiglu_backward,
+    swish_beta_slope,
+    swish_slope,
+    tanh_slope,
+)
 from reference.activations.gated import (
     MLP,
     FusedSwiGLU,
@@ -20,6 +35,7 @@ from reference.activations.gated import (
     unpack_gate_up,
 )
 from reference.activations.pointwise import gelu, leaky_relu, relu, sigmoid, silu, swish, tanh
+from reference.activations.units import active_share, dead_units
 from reference.activations.width import (
     feed_forward_flops,
     feed_forward_parameters,
@@ -27,24 +43,39 @@ from reference.activations.width import (
 )
 
 __all__ = [
-    "MLP",
     "FusedSwiGLU",
     "GatedMLP",
+    "MLP",
     "SwiGLU",
+    "SwiGLUFunction",
+    "active_share",
+    "dead_units",
     "feed_forward_flops",
     "feed_forward_parameters",
     "geglu",
+    "geglu_backward",
     "gelu",
+    "gelu_slope",
     "glu",
+    "glu_backward",
     "leaky_relu",
+    "leaky_relu_slope",
     "pack_gate_up",
     "reglu",
+    "reglu_backward",
     "relu",
+    "relu_slope",
     "sigmoid",
+    "sigmoid_slope",
     "silu",
+    "silu_slope",
     "swiglu",
+    "swiglu_backward",
     "swiglu_hidden_dim",
     "swish",
+    "swish_beta_slope",
+    "swish_slope",
     "tanh",
+    "tanh_slope",
     "unpack_gate_up",
 ]

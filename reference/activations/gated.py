@@ -17,9 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reference.activations.pointwise import gelu, relu, sigmoid, silu
+from reference.activations.pointwise import Curve, gelu, relu, sigmoid, silu
 
-Curve = Callable[[Tensor], Tensor]
 Gate = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -64,7 +63,7 @@ def check_gate_and_up(gate: Tensor, up: Tensor) -> None:
 
 def pack_gate_up(
     gate_weight: Float[Tensor, "F D"], up_weight: Float[Tensor, "F D"]
-) -> Float[Tensor, "2F D"]:
+) -> Float[Tensor, "2*F D"]:
     """One matrix for both projections: the rows of the gate first, then those of up.
 
     Raises: ValueError where the two shapes differ.
@@ -74,7 +73,7 @@ def pack_gate_up(
 
 
 def unpack_gate_up(
-    gate_up_weight: Float[Tensor, "2F D"],
+    gate_up_weight: Float[Tensor, "twoF D"],
 ) -> tuple[Float[Tensor, "F D"], Float[Tensor, "F D"]]:
     """The inverse of `pack_gate_up`: views of the gate's rows and of up's.
 

@@ -14,12 +14,14 @@ Papers: Swish, 1710.05941; GELU and SiLU, 1606.08415, sec. 2.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+Curve = Callable[[Tensor], Tensor]
 GELU_TANH_CUBIC = 0.044715
 GELU_SIGMOID_SLOPE = 1.702
 
@@ -67,7 +69,7 @@ def swish(x: Float[Tensor, "..."], *, beta: float | Tensor = 1.0) -> Float[Tenso
     """
     check_floating(x)
     wide = widen(x)
-    return (wide * torch.sigmoid(beta * wide)).to(x.dtype)
+    return (wide * sigmoid(beta * wide)).to(x.dtype)
 
 
 def silu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -100,9 +102,9 @@ def gelu_share(x: Tensor, approximate: str) -> Tensor:
             return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
         case "tanh":
             inner = x + GELU_TANH_CUBIC * x * x * x
-            return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * inner))
+            return 0.5 * (1 + tanh(math.sqrt(2 / math.pi) * inner))
         case "sigmoid":
-            return torch.sigmoid(GELU_SIGMOID_SLOPE * x)
+            return sigmoid(GELU_SIGMOID_SLOPE * x)
     raise ValueError(f"approximate: expected 'none', 'tanh' or 'sigmoid', got {approximate!r}")
 
 
