@@ -13,8 +13,8 @@
 # > is needed here or in any exercise. The longest cell passes five sentences through a model of
 # > 135M parameters; to shrink it, drop the last sentence of `SENTENCES` for a shorter one.
 #
-# <!-- notes: Give the class two minutes to run the first three cells before you speak: whoever has
-# a broken environment finds out now and not in chapter 05. -->
+# <!-- notes: Give the class two minutes to run the first three cells before you speak: whoever
+# has a broken environment finds out now and not in chapter 05. -->
 
 # %% slideshow={"slide_type": "skip"}
 import os
@@ -63,6 +63,9 @@ for name, value in found.items():
 #
 # **Before you run the cell:** which word comes after *The capital of France is*, and how sure
 # would you expect so small a model to be: 30 %, 75 %, 99 %? What would you expect in second place?
+#
+# <!-- notes: take a show of hands on the three numbers. The second place is the better question:
+# it is where people find out that the model continues text. -->
 
 # %% slideshow={"slide_type": "fragment"}
 prompt = "The capital of France is"
@@ -96,6 +99,8 @@ print({word: round(p, 2) for word, p in zip(words, best.values.tolist(), strict=
 # the padding is harmless.
 #
 # **Is it?** Below one sentence gets more and more padding. What happens to its mean vector?
+#
+# <!-- notes: the argument on this slide sounds complete. Ask who would merge it in a review. -->
 
 # %% slideshow={"slide_type": "fragment"}
 SENTENCE = "The cat sleeps on the warm windowsill."
@@ -215,6 +220,9 @@ check("mean_pool")
 #
 # `check` also takes a function from a cell, which is good for trying out. Here is the answer that
 # most people write first. It is one line, and it has the right shape.
+#
+# <!-- notes: read the diagnosis aloud. The point of the chapter is that a grader can say what you
+# believed, and not only that you are wrong. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -235,6 +243,8 @@ check(mean_pool)
 #
 # So the padding must not count: multiply it by zero, and divide by the number of real tokens.
 # **Which checks will this pass?** Two sentences of the docstring say.
+#
+# <!-- notes: let them open the docstring and name the three edges before you click. -->
 
 
 # %% slideshow={"slide_type": "fragment"}

@@ -59,3 +59,9 @@ def test_rejects_unknown_stems(tmp_path, capsys):
     (tmp_path / "notebooks" / "src").mkdir(parents=True)
     assert main(["02_other"], tmp_path) == 2
     assert "no notebooks/src/ of: 02_other" in capsys.readouterr().err
+
+
+def test_slides_are_paginated_in_the_browser(page):
+    """Cells that do not fit move on; what draws, or is long, shows its output and hides its code."""
+    assert '<body class="measuring">' in page  # laid out, measured, then shown
+    assert page.index("foldCode();") < page.index("paginate();") < page.index("Reveal.initialize(")
