@@ -6,7 +6,7 @@ takes 6 FLOPs a weight and token, and 6ND for N weights and D tokens. What the r
 attention between tokens (4 H d S a layer, forward); what it should leave out is the embedding,
 which is looked up.
 
-    forward   = 2 (attention + feed-forward + head weights) + 4 L H d S      a token that sees S keys
+    forward   = 2 (attention + feed-forward + head weights) + 4 L H d S     for a token and S keys
     training  = 3 forward
     MFU       = tokens a second * FLOPs a token / peak FLOPs a second
 

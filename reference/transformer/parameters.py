@@ -1,7 +1,7 @@
 """Where the parameters are: closed forms for Llama and for the models before it.
 
-A block of Llama has two matrices of D x Hd (queries, output), two of D x Kd (keys, values) and three
-of D x F; there are no biases, and a norm is one vector:
+A block of Llama has two matrices of D x Hd (queries, output), two of D x Kd (keys, values) and
+three of D x F; there are no biases, and a norm is one vector:
 
     N = V D (twice if untied) + L (2 D H d + 2 D K d + 3 D F + 2 D) + D
 
