@@ -1,7 +1,10 @@
 """Slides: self-contained, with notes for the speaker and without the cells that are skipped."""
 
 import re
+import shutil
+import subprocess
 
+import nbformat
 import pytest
 
 from tools.build_notebooks import unexecuted
@@ -61,7 +64,27 @@ def test_rejects_unknown_stems(tmp_path, capsys):
     assert "no notebooks/src/ of: 02_other" in capsys.readouterr().err
 
 
-def test_slides_are_paginated_in_the_browser(page):
-    """Cells that do not fit move on; what draws, or is long, shows its output and hides its code."""
-    assert '<body class="measuring">' in page  # laid out, measured, then shown
-    assert page.index("foldCode();") < page.index("paginate();") < page.index("Reveal.initialize(")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+def test_cells_that_do_not_fit_go_to_the_next_slide(tmp_path):
+    tall = "# %% [markdown]\n" + "# line\n#\n" * 8 + "\n"
+    notebook = unexecuted(
+        SOURCE.replace("# %% [markdown] slideshow", tall * 4 + "# %% [markdown] slideshow")
+    )
+    code = next(cell for cell in notebook.cells if cell.source == 'print("shown")')
+    code.source = "\n".join(f"x = {i}" for i in range(40))
+    code.outputs = [nbformat.v4.new_output("stream", text="shown\n")]
+    path = tmp_path / "slides.html"
+    path.write_text(slides(notebook), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
+    dom = subprocess.run(
+        [BROWSER, *flags, f"--user-data-dir={tmp_path}", "--dump-dom", path.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+    assert 'class="measuring"' not in dom
+    body = dom[dom.index('<div class="slides"') :]
+    assert body.count("<section") > 4 + 4  # the tall cells have slides of their own
+    assert "40 lines of code (C)" in body
+    assert "running-head" in body
