@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 class CountedArray:
     """Numbers in slow memory: each element read is a load, each one assigned a store."""
 
-    def __init__(self, values: Sequence[float | int]) -> None:
+    def __init__(self, values: Sequence[float]) -> None:
         self.values = list(values)
         self.accesses = 0
 

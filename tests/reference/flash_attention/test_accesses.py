@@ -12,12 +12,12 @@ from reference.flash_attention.accesses import (
     top_k,
 )
 
-scores = st.lists(st.integers(-50, 50), min_size=1, max_size=60, unique=True)
+scores = st.lists(st.integers(-50, 50).map(float), min_size=1, max_size=60, unique=True)
 
 
 @pytest.mark.parametrize("softmax, per_element", [(naive, 3), (safe, 4), (online, 3)])
 def test_counts_match_the_paper(softmax, per_element):
-    x, y = CountedArray(range(50)), CountedArray([0.0] * 50)
+    x, y = CountedArray(torch.arange(50.0).tolist()), CountedArray([0.0] * 50)
     softmax(x, y)
     assert x.accesses + y.accesses == per_element * 50
     torch.testing.assert_close(torch.tensor(y.values), torch.arange(50.0).softmax(0))
@@ -25,11 +25,11 @@ def test_counts_match_the_paper(softmax, per_element):
 
 def test_counts_with_top_k_match_the_paper():
     for softmax, expected in ((safe, 5), (online, 4)):
-        x, y = CountedArray(range(40)), CountedArray([0.0] * 40)
+        x, y = CountedArray(torch.arange(40.0).tolist()), CountedArray([0.0] * 40)
         softmax(x, y)
         top_k(y, 3)
         assert x.accesses + y.accesses == expected * 40
-    x = CountedArray(range(40))
+    x = CountedArray(torch.arange(40.0).tolist())
     online_top_k(x, 3)
     assert x.accesses == 40
 
