@@ -45,7 +45,8 @@ found = {
     "CPU cores": os.cpu_count(),
     "threads used here": torch.get_num_threads(),
     "GPU": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none (none is needed)",
-    "model": f"SmolLM2, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters",
+    "model": f"SmolLM2, {model.config.num_hidden_layers} layers, "
+    f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters",
 }
 for name, value in found.items():
     print(f"{name:<18} {value}")
@@ -86,7 +87,7 @@ print({word: round(p, 2) for word, p in zip(words, best.values.tolist(), strict=
 # %% [markdown] slideshow={"slide_type": "skip"}
 # Second place does not go to another city but to *the*, as in *the largest city of Europe*: the
 # model continues text, it does not answer questions. The five bars hold most of the probability of
-# a vocabulary of 49 152 tokens.
+# a vocabulary of 49,152 tokens.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 3. A problem: sentences of different lengths

@@ -370,6 +370,8 @@ ax.text(16.3, 290, "its square leaves float16", color="0.4", fontsize=11)
 ax.set(xlabel="layer of SmolLM2", ylabel="residual stream", xlim=(0, 30))
 style.label_lines(ax)
 plt.show()
+massive = [layer for layer, x in enumerate(largest) if x > 10_000]
+print(f"above 10,000: layers {massive[0]} to {massive[-1]}, {len(massive)} of them")
 position, channel = divmod(stream[15].abs().argmax().item(), 576)
 print(f"layer 15: |x| = {largest[15]:,.0f} at token {position} "
       f"({tokenizer.decode(tokens[0, 0])!r}), channel {channel};\n"
