@@ -1,0 +1,188 @@
+"""Frequencies of RoPE, and ways to stretch them beyond the length that a model was trained on.
+
+A pair turns by theta_i radians a token; its wavelength is 2 pi / theta_i. Positions beyond the
+training length bring angles that the slow pairs have never seen.
+
+    linear    every angle / s: positions squeezed into the old range (position interpolation)
+    ntk       base * s^(d/(d-2)): the slowest pair is divided by s, the fastest left alone
+    dynamic   the same with an s that grows with the text
+    yarn      fast pairs left alone, slow ones / s, a ramp between; softmax a little sharper
+    llama3    the same idea, cut by wavelength; Llama 3.1
+
+Names of parameters are those of transformers' `rope_parameters`. Frequencies are float32.
+
+Papers: position interpolation, 2306.15595; YaRN (also of the two NTK forms), 2309.00071, sec. 3;
+Llama 3.1's rule is in Meta's code.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+ROPE_TYPES = ("default", "linear", "ntk", "dynamic", "yarn", "llama3")
+NEEDS_TRAINED_LENGTH = ("dynamic", "yarn", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How a model's frequencies are stretched.
+
+    `original_max_position_embeddings` is the length that the model was trained on, for the types
+    that need it. `attention_factor` overrides YaRN's 0.1 ln s + 1.
+
+    Raises: ValueError for a type or a parameter that makes no sense.
+    """
+
+    rope_type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"rope_type: expected one of {', '.join(ROPE_TYPES)}, got {self.rope_type!r}"
+            )
+        if self.factor < 1:
+            raise ValueError(f"factor: expected at least 1, got {self.factor}")
+        if self.rope_type in NEEDS_TRAINED_LENGTH and not self.original_max_position_embeddings:
+            raise ValueError(
+                f"original_max_position_embeddings: {self.rope_type} needs the length of training, "
+                f"got {self.original_max_position_embeddings}"
+            )
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if not 0 < getattr(self, low) < getattr(self, high):
+                raise ValueError(
+                    f"{low}, {high}: expected 0 < {low} < {high}, "
+                    f"got {getattr(self, low)} and {getattr(self, high)}"
+                )
+
+    @classmethod
+    def from_dict(cls, parameters: Mapping[str, Any]) -> "RopeScaling":
+        """From `rope_parameters` or the older `rope_scaling` of a Hugging Face config.
+
+        Raises: ValueError for keys that would change the frequencies and are not known here.
+        """
+        known = {k: v for k, v in parameters.items() if k in cls.__dataclass_fields__}
+        if "type" in parameters:
+            known.setdefault("rope_type", parameters["type"])
+        unknown = set(parameters) - set(known) - {"rope_theta", "type"}
+        if unknown:
+            raise ValueError(
+                f"rope_parameters: expected keys out of {', '.join(cls.__dataclass_fields__)}, "
+                f"got also {', '.join(sorted(unknown))}"
+            )
+        return cls(**{k: v for k, v in known.items() if v is not None})
+
+
+def rope_frequencies(
+    head_dim: int,
+    base: float = 10000.0,
+    scaling: RopeScaling | None = None,
+    *,
+    seq_len: int | None = None,
+) -> Float[Tensor, " half"]:
+    """theta_i, i = 0 ... d/2 - 1, in radians a token, stretched as `scaling` says.
+
+    `seq_len`, the length of the text so far, matters to "dynamic" alone.
+
+    Raises: ValueError for an odd head_dim or a base that is not above 1.
+    Source: RoFormer, arXiv 2104.09864, eq. 15, and the papers of the types.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim: expected an even number of at least 2, got {head_dim}")
+    if not base > 1:
+        raise ValueError(f"base: expected more than 1, got {base}")
+    scaling = RopeScaling() if scaling is None else scaling
+    match scaling.rope_type:
+        case "linear":
+            return plain_frequencies(head_dim, base) / scaling.factor
+        case "ntk":
+            return plain_frequencies(head_dim, ntk_base(base, head_dim, scaling.factor))
+        case "dynamic":
+            return plain_frequencies(head_dim, _dynamic_base(head_dim, base, scaling, seq_len))
+        case "yarn":
+            return _yarn(head_dim, base, scaling)
+        case "llama3":
+            return _llama3(head_dim, base, scaling)
+    return plain_frequencies(head_dim, base)
+
+
+def attention_factor(scaling: RopeScaling | None) -> float:
+    """What YaRN multiplies cos and sin by: 0.1 ln s + 1; 1 for the other types.
+
+    Queries and keys both carry it, so that scores are scaled by its square.
+
+    Source: YaRN, arXiv 2309.00071, eq. 22.
+    """
+    if scaling is None or scaling.rope_type != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 0.1 * math.log(scaling.factor) + 1.0
+
+
+def plain_frequencies(head_dim: int, base: float) -> Float[Tensor, " half"]:
+    return 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+
+
+def ntk_base(base: float, head_dim: int, factor: float) -> float:
+    """The base whose slowest pair is `factor` times slower: base * s^(d/(d-2)).
+
+    Source: YaRN, arXiv 2309.00071, sec. 3.1, after a note by bloc97.
+    """
+    return base * factor ** (head_dim / (head_dim - 2))
+
+
+def _dynamic_base(head_dim: int, base: float, scaling: RopeScaling, seq_len: int | None) -> float:
+    trained = scaling.original_max_position_embeddings
+    assert trained is not None
+    length = trained if seq_len is None else max(seq_len, trained)
+    growth = scaling.factor * length / trained - (scaling.factor - 1)
+    return ntk_base(base, head_dim, growth)
+
+
+def _llama3(head_dim: int, base: float, scaling: RopeScaling) -> Tensor:
+    """Wavelengths above L / low divided by s, those below L / high kept, a blend between."""
+    trained = scaling.original_max_position_embeddings
+    assert trained is not None
+    frequencies = plain_frequencies(head_dim, base)
+    wavelengths = 2 * math.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = (trained / wavelengths - low) / (high - low)
+    blended = (1 - blend) * frequencies / scaling.factor + blend * frequencies
+    stretched = torch.where(wavelengths > trained / low, frequencies / scaling.factor, blended)
+    return torch.where(wavelengths < trained / high, frequencies, stretched)
+
+
+def yarn_range(head_dim: int, base: float, scaling: RopeScaling) -> tuple[int, int]:
+    """First and last pair of the ramp: those that turn beta_fast and beta_slow times in training.
+
+    Source: YaRN, arXiv 2309.00071, sec. 3.2, rounded outwards as in its code.
+    """
+
+    def pair_that_turns(times: float) -> float:
+        length = scaling.original_max_position_embeddings or 0
+        return head_dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    low = math.floor(pair_that_turns(scaling.beta_fast))
+    high = math.ceil(pair_that_turns(scaling.beta_slow))
+    return max(low, 0), min(high, head_dim - 1)
+
+
+def _yarn(head_dim: int, base: float, scaling: RopeScaling) -> Tensor:
+    periods = base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    low, high = yarn_range(head_dim, base, scaling)
+    width = max(high - low, 0.001)
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    kept = 1 - ramp
+    return 1.0 / (scaling.factor * periods) * (1 - kept) + 1.0 / periods * kept
