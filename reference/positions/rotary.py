@@ -57,7 +57,9 @@ def apply_rope(
         cos, sin = cos[:, None], sin[:, None]
     if cos.requires_grad or sin.requires_grad:
         return x * cos + rotate_half(x) * sin
-    return Rotation.apply(x, cos, sin)
+    if x.requires_grad and torch.is_grad_enabled():
+        return Rotation.apply(x, cos, sin)
+    return rotate_in_halves(x, cos, sin)
 
 
 def rotate_half(x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
@@ -66,17 +68,23 @@ def rotate_half(x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
     return torch.cat((-second, first), dim=-1)
 
 
+def rotate_in_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x * cos + rotate_half(x) * sin, the second term added half by half."""
+    (first, second), (sin_first, sin_second) = x.chunk(2, -1), sin.chunk(2, -1)
+    out = x * cos
+    out_first, out_second = out.chunk(2, -1)
+    out_first.sub_(second * sin_first)
+    out_second.add_(first * sin_second)
+    return out
+
+
 class Rotation(torch.autograd.Function):
-    """x * cos + rotate_half(x) * sin. The gradient of a rotation is the rotation back."""
+    """The gradient of a rotation is the rotation back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        half = x.shape[-1] // 2
-        out = x * cos
-        out[..., :half] -= x[..., half:] * sin[..., :half]
-        out[..., half:] += x[..., :half] * sin[..., half:]
-        return out
+        return rotate_in_halves(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -107,7 +115,7 @@ def apply_rope_complex(
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
-def interleaved_to_half(weight: Float[Tensor, "N ..."], num_heads: int) -> Float[Tensor, "N *D"]:
+def interleaved_to_half(weight: Float[Tensor, "N ..."], num_heads: int) -> Float[Tensor, "N ..."]:
     """Reorder the rows of W_Q or W_K (or a bias) from neighbouring pairs to halves, head by head.
 
     Raises: ValueError where the rows are no even number a head.
@@ -116,7 +124,7 @@ def interleaved_to_half(weight: Float[Tensor, "N ..."], num_heads: int) -> Float
     return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def half_to_interleaved(weight: Float[Tensor, "N ..."], num_heads: int) -> Float[Tensor, "N *D"]:
+def half_to_interleaved(weight: Float[Tensor, "N ..."], num_heads: int) -> Float[Tensor, "N ..."]:
     """The inverse of `interleaved_to_half`.
 
     Raises: ValueError where the rows are no even number a head.

@@ -75,7 +75,7 @@ def test_dynamic_matches_transformers(seq_len):
 
 def test_matches_published_ntk_bases():
     """YaRN, sec. 3.1, for d = 128."""
-    for factor, published in ((2, 20221), (4, 40890), (8, 82685)):
+    for factor, published in ((2.0, 20221), (4.0, 40890), (8.0, 82685)):
         assert round(ntk_base(10000.0, 128, factor)) == published
 
 
