@@ -253,36 +253,37 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     # END SOLUTION
 
 
-def merge_step(words, new_id):
+def merge_step(words, counts, new_id):
     """One step of training a byte-pair encoding: find the commonest pair, and merge it everywhere.
 
-    words: a dict from a word, a tuple of token ids, to how often it occurs in the text
+    words: a list of words, each a list of token ids    counts: how often each occurs in the text
     new_id: the id of the new token
-    returns (pair, words): the two ids that were merged, and the dict with the merge applied
+    returns (pair, words): the two ids that were merged, as a tuple, and the words with the merge
+    applied, in the same order; the lists that came in stay as they are
 
     A pair is two neighbours within a word; pairs of a word that occurs n times count n times. The
-    positions of one pair may overlap when counted: (7, 7, 7) has the pair (7, 7) twice. Of equally
-    common pairs the smallest counts, as a tuple. The merge goes through a word from the left and
-    takes no token twice: (7, 7, 7) becomes (new_id, 7). Words that become equal are one word. Where
-    no word has a pair left, return (None, the words as they are).
+    positions of one pair may overlap when counted: [7, 7, 7] has the pair (7, 7) twice. Of equally
+    common pairs the smallest wins, as a tuple. The merge goes through a word from the left and
+    takes no token twice: [7, 7, 7] becomes [new_id, 7]. Where no word has a pair left, return
+    (None, words).
 
     Source: arXiv 1508.07909, algorithm 1.
     """
     # BEGIN SOLUTION
-    counts = {}
-    for word, count in words.items():
+    seen = {}
+    for word, count in zip(words, counts, strict=True):
         for pair in zip(word, word[1:], strict=False):
-            counts[pair] = counts.get(pair, 0) + count
-    if not counts:
-        return None, dict(words)
-    best = min(counts, key=lambda pair: (-counts[pair], pair))
-    merged = {}
-    for word, count in words.items():
+            seen[pair] = seen.get(pair, 0) + count
+    if not seen:
+        return None, words
+    best = min(seen, key=lambda pair: (-seen[pair], pair))
+    merged = []
+    for word in words:
         new, i = [], 0
         while i < len(word):
-            is_pair = word[i : i + 2] == best
+            is_pair = tuple(word[i : i + 2]) == best
             new.append(new_id if is_pair else word[i])
             i += 2 if is_pair else 1
-        merged[tuple(new)] = merged.get(tuple(new), 0) + count
+        merged.append(new)
     return best, merged
     # END SOLUTION

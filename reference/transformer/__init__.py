@@ -6,19 +6,59 @@
 
 config           the numbers that make one Llama differ from another
 presets          those of the published models
+parameters       where the parameters are, of Llama and of the models before it
 model            the decoder
 loss             the next token's surprise, padding left out
+flops            FLOPs a token, and what share of a machine that is
+checkpoint       folders of config.json and safetensors, as transformers reads and writes them
+huggingface      the configuration in transformers' words
+encoder_decoder  the transformer of 2017
 """
 
+from reference.transformer.checkpoint import load_config, load_pretrained, save_pretrained
 from reference.transformer.config import LlamaConfig
+from reference.transformer.flops import (
+    forward_flops,
+    model_flops_utilization,
+    six_n,
+    training_flops_per_token,
+)
+from reference.transformer.huggingface import from_huggingface, to_huggingface
 from reference.transformer.loss import IGNORED, next_token_loss
 from reference.transformer.model import Block, Llama, SequenceCache
+from reference.transformer.parameters import (
+    LlamaParameters,
+    MixtureParameters,
+    bert_parameters,
+    encoder_decoder_parameters,
+    gpt_parameters,
+    llama_parameters,
+    mixtral_parameters,
+)
+from reference.transformer.presets import PRESETS
 
 __all__ = [
     "IGNORED",
+    "PRESETS",
     "Block",
     "Llama",
     "LlamaConfig",
+    "LlamaParameters",
+    "MixtureParameters",
     "SequenceCache",
+    "bert_parameters",
+    "encoder_decoder_parameters",
+    "forward_flops",
+    "from_huggingface",
+    "gpt_parameters",
+    "llama_parameters",
+    "load_config",
+    "load_pretrained",
+    "mixtral_parameters",
+    "model_flops_utilization",
     "next_token_loss",
+    "save_pretrained",
+    "six_n",
+    "to_huggingface",
+    "training_flops_per_token",
 ]

@@ -11,6 +11,8 @@ Papers: Llama, 2302.13971, table 2; Llama 2, 2307.09288, table 1 and appendix A.
 
 from dataclasses import dataclass
 
+from reference.positions import RopeScaling
+
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
@@ -33,7 +35,7 @@ class LlamaConfig:
     max_seq_len: int = 2048
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: None = None
+    rope_scaling: RopeScaling | None = None
     is_tied: bool = False
     initializer_std: float = 0.02
 

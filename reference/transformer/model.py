@@ -33,6 +33,7 @@ from reference.attention import (
 from reference.attention.dot_product import Mask
 from reference.attention.layer import Attend
 from reference.normalization import RMSNorm
+from reference.positions import apply_rope, attention_factor, rope_frequencies, rope_table
 from reference.transformer.config import LlamaConfig
 
 
@@ -126,11 +127,11 @@ class Llama(nn.Module):
         past = _cached_tokens(cache)
         if positions is None:
             positions = torch.arange(past, past + new, device=tokens.device)
-        self._check_positions(positions, tokens, past + new)
+        seq_len = self._check_positions(positions, tokens, past + new)
         if mask is None and new > 1:  # the last token sees all keys
             mask = causal_mask(new, past + new, device=tokens.device)
         x = self.embed_tokens(tokens)
-        rotate = self._rotation(positions, x.dtype)
+        rotate = self._rotation(positions, x.dtype, seq_len)
         for layer in self.layers:
             x = layer(x, mask, rotate=rotate, cache=cache, attend=attend)
         return self.logits(x if num_logits is None else x[:, -num_logits:])
@@ -140,22 +141,17 @@ class Llama(nn.Module):
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(self.norm(x), head.weight)
 
-    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def _rotation(
+        self, positions: Tensor, dtype: torch.dtype, seq_len: int
+    ) -> Callable[[Tensor], Tensor]:
         """RoPE at these positions, for q and k of every layer alike."""
         config = self.config
-        even = torch.arange(0, config.head_dim, 2, device=positions.device).float()
-        frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)
-        angles = positions[..., None].float() * frequencies
-        angles = torch.cat([angles, angles], -1)
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        if positions.ndim == 2:
-            cos, sin = cos[:, None], sin[:, None]
-
-        def rotate(x: Tensor) -> Tensor:
-            first, second = x.chunk(2, -1)
-            return x * cos + torch.cat([-second, first], -1) * sin
-
-        return rotate
+        frequencies = rope_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling, seq_len=seq_len
+        )
+        factor = attention_factor(config.rope_scaling)
+        cos, sin = rope_table(positions, frequencies, attention_factor=factor, dtype=dtype)
+        return lambda x: apply_rope(x, cos, sin)
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
@@ -173,17 +169,20 @@ class Llama(nn.Module):
                     f"{high}; is the tokenizer this model's? (-100 belongs into labels)"
                 )
 
-    def _check_positions(self, positions: Tensor, tokens: Tensor, num_keys: int) -> None:
+    def _check_positions(self, positions: Tensor, tokens: Tensor, num_keys: int) -> int:
+        """The length of the text so far: the last position and one."""
         if positions.shape not in (tokens.shape[1:], tokens.shape):
             expected = f"{tuple(tokens.shape[1:])} or {tuple(tokens.shape)}"
             raise ValueError(f"positions: expected {expected}, got {tuple(positions.shape)}")
         limit = self.config.max_seq_len
-        last = int(positions.max()) if _has_values(positions) else num_keys - 1
-        if last >= limit:
+        is_known = _has_values(positions) and positions.numel()
+        low, high = map(int, positions.aminmax()) if is_known else (0, num_keys - 1)
+        if low < 0 or high >= limit:
             raise ValueError(
-                f"positions: the context is {limit} tokens, got position {last}; "
-                "cut the text, or stretch the context by rope_scaling and max_seq_len"
+                f"positions: expected 0 ... {limit - 1} in a context of {limit} tokens, got {low} "
+                f"... {high}; cut the text, or stretch the context by rope_scaling, max_seq_len"
             )
+        return high + 1
 
 
 def _cached_tokens(cache: KVCache | None) -> int:
