@@ -94,13 +94,17 @@ def _checks_of(cls: type) -> list[Check]:
 
 @dataclass(frozen=True)
 class Misconception:
-    """A wrong answer that people give, with the sentence that clears it up."""
+    """A wrong answer that people give, with the sentence that clears it up.
+
+    `is_starter` marks the program that a repair starts from: not repaired yet is no mistake.
+    """
 
     exercise: str
     name: str
     says: str
     see: str
     implementation: Any
+    is_starter: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,12 +116,16 @@ class Alternative:
     implementation: Any
 
 
-def misconception(exercise_name: str, says: str, *, see: str) -> Callable[[Any], Any]:
+def misconception(
+    exercise_name: str, says: str, *, see: str, is_starter: bool = False
+) -> Callable[[Any], Any]:
     """Declare a function or class as a wrong answer to an exercise; students read its name."""
 
     def decorate(implementation: Any) -> Any:
         name = implementation.__name__.replace("_", " ")
-        implementation.misconception = Misconception(exercise_name, name, says, see, implementation)
+        implementation.misconception = Misconception(
+            exercise_name, name, says, see, implementation, is_starter
+        )
         return implementation
 
     return decorate

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from autograder import refusals
-from autograder.declarations import Check, Exercise
-from autograder.diagnosis import diagnose
+from autograder.declarations import Check, Exercise, Misconception
+from autograder.diagnosis import Memory, diagnose
 from autograder.limits import OutOfTime, captured_output, time_limit
 from autograder.refusals import Refusal
 from autograder.results import PASSED, CheckResult, Diagnosis, ExerciseResult
@@ -49,14 +49,18 @@ def grade_namespace(
     source: str,
     seed: int = 0,
     on_failure: Failure | None = None,
+    memory: Memory | None = None,
 ) -> ExerciseResult:
-    """Grade functions given by name; `adapters` is the module whose adapter wraps a class."""
+    """Grade functions given by name; `adapters` is the module whose adapter wraps a class.
+
+    Whoever grades many answers to it passes one `memory`: misconceptions then run once an input.
+    """
     student = Student(namespace, source)
     results = run_checks(chapter, exercise, student, seed, on_failure)
     diagnosis = None
     if any(r.status in (refusals.WRONG_VALUE, refusals.RAISED, refusals.WRONG_SHAPE,
                         refusals.WRONG_DTYPE, refusals.MUTATED) for r in results):  # fmt: skip
-        diagnosis = _diagnosis(chapter, exercise, student, results, adapters, seed)
+        diagnosis = _diagnosis(chapter, exercise, student, results, adapters, seed, memory)
     return ExerciseResult(
         chapter.stem,
         exercise.name,
@@ -83,7 +87,9 @@ def run_checks(
         if results and results[-1].status in (*refusals.FINAL, refusals.NOT_RUN):
             results.append(CheckResult(check.name, check.says, refusals.NOT_RUN, check.points))
             continue
+        num_calls = len(student.calls)
         status, message = _run(grader, exercise, check, student, seed, on_failure)
+        student.refused += student.calls[num_calls:] if status != PASSED else []
         results.append(CheckResult(check.name, check.says, status, check.points, message))
     return results
 
@@ -138,29 +144,43 @@ def _diagnosis(
     results: list[CheckResult],
     adapters: types.ModuleType | None,
     seed: int,
+    memory: Memory | None,
 ) -> Diagnosis | None:
-    failed = [r.status for r in results]
+    verdicts = {} if memory is None else memory.verdicts
 
     def namespace_of(implementation: Any) -> dict[str, Any]:
         if adapters is None:
             return {exercise.name: implementation}
         return with_replacement(adapters, exercise.entry, exercise.name, implementation)
 
-    def fails_alike(namespace: dict[str, Any]) -> bool:
-        with captured_output():
-            again = run_checks(chapter, exercise, Student(namespace, ""), seed)
-        return [r.status for r in again] == failed
+    def likeness(candidate: Misconception, namespace: dict[str, Any]) -> int | None:
+        key = (candidate.name, seed)
+        if key not in verdicts:
+            with captured_output():
+                verdicts[key] = run_checks(chapter, exercise, Student(namespace, ""), seed)
+        again = verdicts[key]
+        pairs = list(zip(results, again, strict=True))
+        told = [(a, b) for a, b in pairs if a.status != refusals.RAISED or a.status == b.status]
+        failed = [(a, b) for a, b in told if a.status != PASSED]
+        if not failed or any(a.status != b.status for a, b in told):
+            return None
+        return sum(a.message == b.message for a, b in failed)
 
     candidates = [
         (m, namespace_of(m.implementation))
         for m in chapter.misconceptions
         if m.exercise == exercise.name
     ]
-    calls = [call for call in student.calls if call.function == exercise.entry]
-    found = diagnose(calls, candidates, fails_alike)
+    # Refused calls tell candidates apart: replaying them first saves most of the work.
+    refused = {id(call) for call in student.refused}
+    ordered = sorted(student.calls, key=lambda call: id(call) not in refused)
+    calls = [call for call in ordered if call.function == exercise.entry]
+    is_sure = not any(r.status in (refusals.RAISED, refusals.MUTATED) for r in results)
+    found = diagnose(calls, candidates, likeness, is_sure=is_sure, memory=memory)
     if found is None:
         return None
-    return Diagnosis(found.name, found.says, f"{chapter.notebook}, {found.see}")
+    see = f"{chapter.notebook}, {found.see}"
+    return Diagnosis(found.name, found.says, see, found.is_starter)
 
 
 def refuse_all(chapter: Chapter, exercise: Exercise, refusal: Refusal) -> ExerciseResult:

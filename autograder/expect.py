@@ -23,6 +23,8 @@ TOLERANCE = {
     torch.bfloat16: 5e-2,
 }
 TENSOR_TYPES = (Tensor, torch.nn.Parameter)
+# Bound before any answer is imported: what an answer makes of torch.allclose is its own affair.
+_allclose, _equal = torch.allclose, torch.equal
 
 
 def close(
@@ -136,8 +138,8 @@ def _tensors_close(
 
 def _same_values(actual: Tensor, expected: Tensor, rtol: float, atol: float) -> bool:
     if not (expected.dtype.is_floating_point or expected.dtype.is_complex):
-        return torch.equal(actual, expected)
-    return torch.allclose(actual, expected, rtol, atol, equal_nan=True)
+        return _equal(actual, expected)
+    return _allclose(actual, expected, rtol, atol, equal_nan=True)
 
 
 def _require_type(actual: Any, expected: Any, what: str) -> None:

@@ -1,5 +1,7 @@
 """What a student's function was called with and what it gave back, safe from later changes."""
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from autograder.expect import TOLERANCE
+from autograder.expect import TOLERANCE, _allclose, _equal
 
 
 @dataclass(frozen=True)
@@ -30,36 +32,68 @@ class Call:
     outcome: Returned | Raised
 
 
-# A spy around the call counts what the answer allocates, not the copies made here.
-@_disable_current_modes()
 def snapshot(value: Any) -> Any:
     """A copy that later changes cannot reach: tensors detached, generators with their state."""
+    # A spy around the call counts what the answer allocates, not the copies made here.
+    with _disable_current_modes():
+        return _copied(value)
+
+
+def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         copy = torch.empty_like(value, requires_grad=False).copy_(value.detach())
         return copy.requires_grad_(value.requires_grad) if value.dtype.is_floating_point else copy
     if isinstance(value, torch.Generator):
         return value.clone_state()
     if type(value) in (list, tuple):
-        return type(value)(snapshot(item) for item in value)
+        return type(value)(_copied(item) for item in value)
     if type(value) is dict:
-        return {key: snapshot(item) for key, item in value.items()}
+        return {key: _copied(item) for key, item in value.items()}
     return value
 
 
-@_disable_current_modes()
+def fingerprint(value: Any) -> bytes:
+    """Bytes that are equal where two values are: contents, shapes, strides and dtypes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _parts(value):
+        digest.update(part)
+    return digest.digest()
+
+
+def _parts(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Tensor):
+        yield f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.requires_grad}".encode()
+        yield value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, torch.Generator):
+        yield from _parts(value.get_state())
+    elif type(value) in (list, tuple):
+        yield f"{type(value).__name__}{len(value)}".encode()
+        for item in value:
+            yield from _parts(item)
+    elif type(value) is dict:
+        yield from _parts(list(value.items()))
+    else:
+        yield repr(value).encode()
+
+
 def unchanged(value: Any, before: Any) -> bool:
     """Whether tensors in `value` still hold what `before` (its snapshot) holds, bit for bit."""
+    with _disable_current_modes():
+        return _same(value, before)
+
+
+def _same(value: Any, before: Any) -> bool:
     if isinstance(value, Tensor):
         return value.shape == before.shape and _identical(value.detach(), before.detach())
     if type(value) in (list, tuple):
-        return len(value) == len(before) and all(map(unchanged, value, before))
+        return len(value) == len(before) and all(map(_same, value, before))
     if type(value) is dict:
-        return value.keys() == before.keys() and all(unchanged(value[k], before[k]) for k in value)
+        return value.keys() == before.keys() and all(_same(value[k], before[k]) for k in value)
     return True
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    return _equal(a, b) or _allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def distance(a: Any, b: Any) -> float | None:
@@ -94,14 +128,19 @@ def _together(distances: list[float | None]) -> float | None:
 def _tensor_distance(a: Tensor, b: Tensor) -> float | None:
     if a.shape != b.shape or a.dtype != b.dtype:
         return None
+    if _equal(a, b):
+        return 0.0
     if not a.dtype.is_floating_point:
-        return 0.0 if torch.equal(a, b) else None
+        return None
     tolerance = TOLERANCE.get(a.dtype, 0.0)
     finite = a.isfinite()
-    scale = float(a[finite].abs().max()) if finite.any() else 1.0
-    allowed = tolerance * (scale if scale > 0 else 1.0)
-    if not torch.allclose(a, b, rtol=0, atol=allowed, equal_nan=True):
-        return None
-    if not finite.any():
+    if not finite.all():
+        rest = ~finite
+        if not _allclose(a[rest], b[rest], rtol=0, atol=0, equal_nan=True):
+            return None
+        a, b = a[finite], b[finite]
+    if not a.numel():
         return 0.0
-    return float((a[finite].double() - b[finite].double()).abs().max()) / allowed
+    gap = float((a.double() - b.double()).abs().max())
+    allowed = tolerance * (float(a.abs().max()) or 1.0)
+    return gap / allowed if gap <= allowed else None

@@ -1,6 +1,7 @@
 """Why an answer is refused. Each kind has its own message; nothing else reaches a student."""
 
 NOT_WRITTEN = "not written"
+NOT_REPAIRED = "not repaired"
 MISSING = "missing"
 IMPORT_FAILED = "import failed"
 RAISED = "raised"

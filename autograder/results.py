@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from autograder.refusals import NOT_REPAIRED
+
 PASSED = "passed"
 
 
@@ -28,6 +30,7 @@ class Diagnosis:
     name: str
     says: str
     see: str
+    is_starter: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class ExerciseResult:
     @property
     def status(self) -> str:
         """'passed', else the kind of the first refusal."""
+        if self.diagnosis and self.diagnosis.is_starter:
+            return NOT_REPAIRED
         return next((c.status for c in self.checks if c.status != PASSED), PASSED)
 
     def told(self) -> list[tuple[CheckResult, str]]:

@@ -1,12 +1,16 @@
 """A student's answers as the grader sees them: a namespace whose functions record their calls."""
 
+import contextlib
 import importlib.util
 import linecache
 import sys
 import traceback
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from autograder import refusals
 from autograder.limits import OutOfTime, captured_output, time_limit
@@ -28,6 +32,8 @@ class StudentError(Exception):
 class Student:
     """`student.rms_norm(...)` calls the answer and records the call in `calls`.
 
+    `refused` holds those of them that belong to a check that failed.
+
     A name that the answers lack, a None result and a changed input raise a Refusal; an exception
     raises a StudentError that quotes the line of the answer where it happened.
     """
@@ -36,6 +42,7 @@ class Student:
         self._namespace = namespace
         self._source = source
         self.calls: list[Call] = []
+        self.refused: list[Call] = []
         self.printed: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -44,8 +51,8 @@ class Student:
         if name not in self._namespace:
             raise Refusal(
                 refusals.MISSING,
-                f"{self._source} has no {name}. Was it renamed or deleted? `git checkout "
-                f"{self._source}` brings the file back as it came.",
+                f"{self._source} has no {name}. Was it renamed or deleted? "
+                f"`git show HEAD:{self._source}` shows the file as it came.",
             )
         function = self._namespace[name]
         if not callable(function):
@@ -78,11 +85,11 @@ class Student:
                 refusals.RETURNED_NONE, f"{name} returned None. Is its return statement missing?"
             )
         if not unchanged((args, kwargs), before):
-            changed = _changed_argument(args, kwargs, before)
             raise Refusal(
                 refusals.MUTATED,
-                f"{name} changed its input ({changed}) in place. The caller still needs it: "
-                "compute a new tensor (x = x * 2, not x *= 2 or x[...] = ...).",
+                f"{name} changed its input ({_changed_argument(args, kwargs, before)}) in place. "
+                "The caller still needs it: compute a new tensor (x = x * 2, not x *= 2 or "
+                "x[...] = ...), or change a copy (x.clone(), dict(config), list(blocks)).",
             )
         return value
 
@@ -124,7 +131,7 @@ def load_module(path: Path, shown: str) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         source = path.read_bytes()
-        with captured_output(), time_limit(IMPORT_SECONDS):
+        with captured_output(), time_limit(IMPORT_SECONDS), _default_settings():
             code = compile(source, str(path), "exec")
             sys.modules[name] = module
             exec(code, module.__dict__)
@@ -151,6 +158,17 @@ def load_module(path: Path, shown: str) -> types.ModuleType:
             refusals.IMPORT_FAILED, f"{shown} does not import. {explain_error(error)}"
         ) from None
     return module
+
+
+@contextlib.contextmanager
+def _default_settings() -> Iterator[None]:
+    """Undo what an answer file sets for the whole process (a default dtype, no gradients)."""
+    dtype, has_gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(has_gradients)
 
 
 def with_replacement(module: types.ModuleType, entry: str, name: str, value: Any) -> dict[str, Any]:

@@ -11,13 +11,17 @@ from autograder import refusals
 from autograder.declarations import RUNGS
 from autograder.results import PASSED, ExerciseResult
 
-UNATTEMPTED = (refusals.NOT_WRITTEN, refusals.NOT_RUN)
+UNATTEMPTED = (refusals.NOT_WRITTEN, refusals.NOT_REPAIRED, refusals.NOT_RUN)
 
 
 def print_results(console: Console, results: Sequence[ExerciseResult], hint: int = 0) -> None:
-    """Print the details of refused attempts, then the table. `hint` rungs of each ladder unfold."""
+    """Print the details of refused attempts, then the table. `hint` rungs of each ladder unfold.
+
+    An exercise asked for alone shows its details even where nobody has begun it.
+    """
     for result in results:
-        if result.status != PASSED and (result.status not in UNATTEMPTED or hint):
+        is_asked = len(results) == 1 or bool(hint) or result.status not in UNATTEMPTED
+        if result.status != PASSED and is_asked:
             print_details(console, result, hint)
     console.print(status_table(results))
 
@@ -74,7 +78,9 @@ def status_table(results: Sequence[ExerciseResult]) -> Table:
     for result in results:
         status = result.status
         colour = "green" if status == PASSED else "dim" if status in UNATTEMPTED else "red"
-        named = f": {result.diagnosis.name}" if result.diagnosis else ""
+        named = ""
+        if result.diagnosis and status not in UNATTEMPTED:
+            named = f": {result.diagnosis.name}"
         table.add_row(
             escape(result.chapter) if result.chapter != chapter else "",
             escape(result.exercise),

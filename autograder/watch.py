@@ -7,7 +7,7 @@ from rich.console import Console
 from watchfiles import watch as watch_files
 
 from autograder.results import PASSED, ExerciseResult
-from autograder.terminal import print_details, status_table
+from autograder.terminal import UNATTEMPTED, print_details, status_table
 from autograder.worker import grade_file_safely
 from autograder.workspace import chapter_stems, load_chapter
 
@@ -42,6 +42,6 @@ def regrade(root: Path, answers: str, stem: str) -> list[ExerciseResult]:
 def show(console: Console, results: list[ExerciseResult], hint: int = 0) -> None:
     console.rule(f"{results[0].chapter}  {time.strftime('%H:%M:%S')}")
     console.print(status_table(results))
-    attempted = [r for r in results if r.status not in (PASSED, "not written", "not run")]
+    attempted = [r for r in results if r.status not in (PASSED, *UNATTEMPTED)]
     if attempted:
         print_details(console, attempted[0], hint)

@@ -1,4 +1,4 @@
-# Exercise 2c045e5e075a: write your answers below, and leave this line as it is.
+# Exercise 8a453b4dc6ee: write your answers below, and leave this line as it is.
 """Chapter 01: normalization."""
 
 import torch
@@ -70,14 +70,17 @@ def run_batch_norm(batches, held_out, weight, bias, momentum=0.1, eps=1e-5):
     """Train a BatchNorm on each batch, then evaluate it on `held_out`. Given: do not change.
 
     returns a dict: outputs (a list, one a batch), running_mean and running_var after training,
-    evaluated, and running_mean_after, which evaluation should leave alone
+    evaluated, running_mean_after, which evaluation should leave alone, has_graph, whether running
+    statistics require a gradient, weight_at_start and bias_at_start
     """
     norm = BatchNorm(weight.numel(), momentum, eps)
+    weight_at_start, bias_at_start = norm.weight.detach().clone(), norm.bias.detach().clone()
     with torch.no_grad():
         norm.weight.copy_(weight)
         norm.bias.copy_(bias)
     norm.train()
-    outputs = [norm(batch).detach() for batch in batches]
+    outputs = [norm(batch.clone().requires_grad_()).detach() for batch in batches]
+    has_graph = norm.running_mean.requires_grad or norm.running_var.requires_grad
     mean, variance = norm.running_mean.detach().clone(), norm.running_var.detach().clone()
     norm.eval()
     evaluated = norm(held_out).detach()
@@ -87,6 +90,9 @@ def run_batch_norm(batches, held_out, weight, bias, momentum=0.1, eps=1e-5):
         "running_var": variance,
         "evaluated": evaluated,
         "running_mean_after": norm.running_mean.detach().clone(),
+        "has_graph": has_graph,
+        "weight_at_start": weight_at_start,
+        "bias_at_start": bias_at_start,
     }
 
 

@@ -98,8 +98,8 @@ def dropout_without_rescaling(q, k, v, is_kept=None, dropout_rate=0.0):
 
 @misconception(
     "scaled_dot_product_attention",
-    "Your dropout normalises the surviving probabilities to one again. They are divided by "
-    "1 - rate, so that their sum is one on average only.",
+    "Your dropout normalises the surviving probabilities to one again (as -inf in the scores "
+    "does). They are divided by 1 - rate, so that their sum is one on average only.",
     see=DROPOUT,
 )
 def normalises_again_after_dropout(q, k, v, is_kept=None, dropout_rate=0.0):
@@ -111,6 +111,36 @@ def normalises_again_after_dropout(q, k, v, is_kept=None, dropout_rate=0.0):
         dropout_rate,
         drop_scores=lambda z, kept, rate: z.masked_fill(~kept, torch.finfo(z.dtype).min),
     )
+
+
+@misconception(
+    "scaled_dot_product_attention",
+    "Your scale is the root of the number of keys. What grows the scores is the number of products "
+    "in each, the width d: divide by sqrt(d).",
+    see=SCALE,
+)
+def scales_by_the_number_of_keys(q, k, v, is_kept=None, dropout_rate=0.0):
+    return _attention(q, k, v, is_kept, dropout_rate, scale=1 / math.sqrt(k.shape[-2]))
+
+
+@misconception(
+    "scaled_dot_product_attention",
+    "You drop what is_kept marks. True means kept: zero the others.",
+    see=DROPOUT,
+)
+def drops_what_should_be_kept(q, k, v, is_kept=None, dropout_rate=0.0):
+    is_kept = None if is_kept is None else ~is_kept
+    return _attention(q, k, v, is_kept, dropout_rate)
+
+
+@misconception(
+    "scaled_dot_product_attention",
+    "You divide by 1 - rate even where is_kept is None. Then nothing was dropped (a model that is "
+    "evaluated keeps its rate), and nothing must be scaled up.",
+    see=DROPOUT,
+)
+def scales_up_where_nothing_was_dropped(q, k, v, is_kept=None, dropout_rate=0.0):
+    return _attention(q, k, v, is_kept, 0.0) / (1 - dropout_rate)
 
 
 @alternative("scaled_dot_product_attention")
@@ -173,13 +203,59 @@ def hides_the_own_position(is_real, num_queries, dtype):
 
 @misconception(
     "decoder_mask",
-    "Your mask uses -1e20, which float16 does not hold: its largest number is 65504. -inf exists "
-    "in every floating dtype.",
+    "Your mask hides with -1e20, a number that float16 does not hold: it ends at 65504. -inf "
+    "exists in every floating dtype.",
     see=PRACTICE,
 )
 def minus_1e20_in_float16(is_real, num_queries, dtype):
     is_seen = is_real[:, None, None, :] & _is_past(num_queries, is_real.shape[1])
     return _additive(is_seen, dtype, -1e20)
+
+
+@misconception(
+    "decoder_mask",
+    "Your mask hides with -1e9. That hides nothing from scores of its size, float16 does not hold "
+    "it, and two such masks added up are another number: -inf is none of this.",
+    see=PRACTICE,
+)
+def minus_1e9_instead_of_infinity(is_real, num_queries, dtype):
+    is_seen = is_real[:, None, None, :] & _is_past(num_queries, is_real.shape[1])
+    return _additive(is_seen, dtype, -1e9)
+
+
+@misconception(
+    "decoder_mask",
+    "Your mask hides with the lowest finite number, as transformers does. A row that sees nothing "
+    "then attends to all keys alike, and a negative score added to it overflows: use -inf.",
+    see=PRACTICE,
+)
+def lowest_number_instead_of_infinity(is_real, num_queries, dtype):
+    is_seen = is_real[:, None, None, :] & _is_past(num_queries, is_real.shape[1])
+    return _additive(is_seen, dtype, torch.finfo(dtype).min)
+
+
+@misconception(
+    "decoder_mask",
+    "You multiply zeros and ones by -inf, and 0 * -inf is NaN. Choose instead of multiplying: "
+    "masked_fill or torch.where.",
+    see=MASKS,
+)
+def multiplies_by_infinity(is_real, num_queries, dtype):
+    is_seen = is_real[:, None, None, :] & _is_past(num_queries, is_real.shape[1])
+    return (~is_seen).to(dtype) * -math.inf
+
+
+@misconception(
+    "decoder_mask",
+    "Your mask hides padded queries (rows) as well as padded keys (columns). What a padded query "
+    "computes is thrown away anyhow; a row is -inf throughout only where there is nothing to see.",
+    see=MASKS,
+)
+def hides_padded_queries_as_well(is_real, num_queries, dtype):
+    num_keys = is_real.shape[1]
+    of_queries = is_real[:, None, num_keys - num_queries :, None]
+    is_seen = is_real[:, None, None, :] & of_queries & _is_past(num_queries, num_keys)
+    return _additive(is_seen, dtype)
 
 
 @misconception(
@@ -278,8 +354,8 @@ def hidden_scores_become_zero(scores, mask):
 
 @misconception(
     "masked_softmax",
-    "You use -1e20, which float16 does not hold: its largest number is 65504. -inf exists in "
-    "every floating dtype.",
+    "Your constant (-1e20, -1e9) is a number that float16 does not hold: it ends at 65504. -inf "
+    "exists in every floating dtype.",
     see=PRACTICE,
 )
 def fills_minus_1e20_in_float16(scores, mask):
@@ -311,7 +387,7 @@ def empty_rows_become_nan(scores, mask):
 @misconception(
     "masked_softmax",
     "A row that sees nothing becomes an even average of all keys, hidden ones included, because "
-    "the lowest finite number is equally low everywhere. Such a row should be zeros.",
+    "a finite constant is equally low everywhere. Such a row should be zeros.",
     see=MASKS,
 )
 def empty_rows_become_uniform(scores, mask):
@@ -320,14 +396,41 @@ def empty_rows_become_uniform(scores, mask):
 
 @misconception(
     "masked_softmax",
-    "You replace the NaN of empty rows after the softmax. The output is right, but in backward "
-    "softmax multiplies by its own NaN output: the gradient is NaN. Avoid the NaN in the first "
-    "place.",
+    "You add -inf and replace the NaN of empty rows after the softmax. The output is right, but in "
+    "backward softmax multiplies by its own NaN output, and nothing stops it: the gradient is NaN. "
+    "Avoid the NaN in the first place.",
     see=MASKS,
 )
 def replaces_nan_too_late(scores, mask):
     hidden = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill(~mask, -math.inf)
     return (scores + hidden).softmax(-1).nan_to_num(nan=0.0)
+
+
+@misconception(
+    "masked_softmax",
+    "You mask after the softmax and divide by what is left. A large hidden score has by then taken "
+    "all digits: the seen keys are rounded to zero before they are scaled up. Mask first.",
+    see=MASKS,
+)
+def scales_up_what_the_hidden_keys_left(scores, mask):
+    seen = scores.softmax(-1) * mask
+    return seen / seen.sum(-1, keepdim=True).clamp(min=1e-9)
+
+
+@misconception(
+    "masked_softmax",
+    "You add the lowest finite number. Where a score is large and negative the sum overflows to "
+    "-inf, and a row of -inf is NaN: fill it in (masked_fill) instead of adding it.",
+    see=PRACTICE,
+)
+def adds_the_lowest_number(scores, mask):
+    hidden = (~mask).to(scores.dtype) * torch.finfo(scores.dtype).min
+    return (scores + hidden).softmax(-1) * mask
+
+
+@alternative("masked_softmax")
+def fills_and_replaces_nan(scores, mask):
+    return scores.masked_fill(~mask, -math.inf).softmax(-1).nan_to_num(0.0)
 
 
 @alternative("masked_softmax")
@@ -473,6 +576,28 @@ class future_scores_become_zero(_MultiHead):
         return (scores.tril() if is_causal else scores).softmax(-1)
 
 
+@misconception(
+    "MultiHeadAttention",
+    "Your causal mask is upside down: a position sees its future and not its past. What is hidden "
+    "is above the diagonal, triu(1).",
+    see=MASKS,
+)
+class hides_the_past(_MultiHead):
+    def attend(self, scores, is_causal):
+        past = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(-1)
+        return (scores.masked_fill(past, -math.inf) if is_causal else scores).softmax(-1)
+
+
+@misconception(
+    "MultiHeadAttention",
+    "You mask always. Without is_causal every position sees every other.",
+    see=MASKS,
+)
+class is_always_causal(_MultiHead):
+    def attend(self, scores, is_causal):
+        return super().attend(scores, True)
+
+
 @alternative("MultiHeadAttention")
 class one_head_at_a_time(_MultiHead):
     def forward(self, x, is_causal=False):
@@ -553,6 +678,16 @@ def averages_the_queries_of_a_group(q, k, v):
     group_size = q.shape[1] // k.shape[1]
     shared = _plain(q.unflatten(1, (-1, group_size)).mean(2), k, v)
     return shared.repeat_interleave(group_size, 1)
+
+
+@misconception(
+    "grouped_query_attention",
+    "Your scores are not scaled. Sharing heads changes nothing about that: divide by sqrt(d).",
+    see=SCALE,
+)
+def forgets_the_scale(q, k, v):
+    group_size = q.shape[1] // k.shape[1]
+    return _plain(q * math.sqrt(q.shape[-1]), *(x.repeat_interleave(group_size, 1) for x in (k, v)))
 
 
 @alternative("grouped_query_attention")
@@ -659,6 +794,17 @@ def averages_the_bias_over_the_batch(grad_out, q, k, v, bias):
 
 @misconception(
     "attention_backward",
+    "Your grad_bias carries the scale. The bias is added after the scores were scaled: its "
+    "gradient is dZ itself, summed over the batch.",
+    see=BACKWARD,
+)
+def scales_the_gradient_of_the_bias(grad_out, q, k, v, bias):
+    grad_q, grad_k, grad_v, grad_bias = _backward(grad_out, q, k, v, bias)
+    return grad_q, grad_k, grad_v, grad_bias / math.sqrt(q.shape[-1])
+
+
+@misconception(
+    "attention_backward",
     "grad_v lacks the transpose: value s collects from every query what it gave, P^T dO.",
     see=BACKWARD,
 )
@@ -715,9 +861,10 @@ def _with_cache(q, k, v, k_cache, v_cache, *, interleave=True, diagonal=None, is
 
 @misconception(
     "attend_with_cache",
-    "Both faults are still there. repeat lays heads out as 0 1 0 1 where checkpoints mean "
-    "0 0 1 1, and tril() lets the first new token see only the oldest key.",
+    "Nothing is repaired yet: your result is the program's as it came. Print what it does for "
+    "T = 1 and C = 3, and for K = 2 and H = 4: which keys, and which heads, are read?",
     see=ELSEWHERE,
+    is_starter=True,
 )
 def repeats_heads_and_aligns_at_the_top_left(q, k, v, k_cache, v_cache):
     return _with_cache(q, k, v, k_cache, v_cache, interleave=False, diagonal=0)
@@ -761,8 +908,27 @@ def drops_the_mask_altogether(q, k, v, k_cache, v_cache):
 )
 def new_tokens_do_not_see_themselves(q, k, v, k_cache, v_cache):
     past = k_cache.shape[2]
-    out, k_all, v_all = _with_cache(q, k, v, k_cache, v_cache, diagonal=past - 1)
-    return out.nan_to_num(0.0), k_all, v_all
+    return _with_cache(q, k, v, k_cache, v_cache, diagonal=past - 1)
+
+
+@misconception(
+    "attend_with_cache",
+    "You return the keys and values repeated for every query head. The next step appends to them: "
+    "the cache keeps K heads, and grows back to H times its size otherwise.",
+    see=GROUPS,
+)
+def returns_the_repeated_heads(q, k, v, k_cache, v_cache):
+    out, *both = _with_cache(q, k, v, k_cache, v_cache)
+    return out, *(x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in both)
+
+
+@misconception(
+    "attend_with_cache",
+    "Your mask is one too wide: each new token sees the one after it.",
+    see=ELSEWHERE,
+)
+def sees_one_token_ahead(q, k, v, k_cache, v_cache):
+    return _with_cache(q, k, v, k_cache, v_cache, diagonal=k_cache.shape[2] + 1)
 
 
 @alternative("attend_with_cache")
@@ -868,11 +1034,35 @@ def sharing_heads_saves_score_flops(config, seq_len, bits=16):
 
 @misconception(
     "attention_cost",
-    "You count q k^T but not P v, which is as large.",
+    "Your score_flops are half. Either P v is missing, which is as large as q k^T, or the pairs "
+    "that a causal mask would hide; here all pairs count.",
     see=COST,
 )
 def forgets_the_weighted_sum(config, seq_len, bits=16):
     return _cost(config, seq_len, bits, per_pair=2)
+
+
+@misconception(
+    "attention_cost",
+    "Your projections are four square matrices of hidden_size. With shared heads W_K and W_V have "
+    "K * head_dim columns, not hidden_size.",
+    see=COST,
+)
+def projections_are_square(config, seq_len, bits=16):
+    weights = 4 * config["hidden_size"] ** 2
+    flops = 2 * weights * config["num_hidden_layers"] * seq_len
+    return _cost(config, seq_len, bits) | {"projection_flops": flops}
+
+
+@misconception(
+    "attention_cost",
+    "Your W_K and W_V are as wide as W_Q. They make num_key_value_heads heads, not all: sharing "
+    "saves projections as well as bytes.",
+    see=COST,
+)
+def sharing_heads_saves_no_projections(config, seq_len, bits=16):
+    every = _cost(config, seq_len, bits, kv_heads=config["num_attention_heads"])
+    return _cost(config, seq_len, bits) | {"projection_flops": every["projection_flops"]}
 
 
 @alternative("attention_cost")
@@ -898,13 +1088,18 @@ def in_floating_point(config, seq_len, bits=16):
 # packed_attention
 
 
-def _packed(q, k, v, documents, window, chunk_size, *, back=None, same=True, full=False):
+def _packed(
+    q, k, v, documents, window, chunk_size, *, back=None, same=True, full=False, distances=None
+):
     """Right, but for the first key of a chunk's slice, the documents, and slicing at all."""
     outs = []
     for start in range(0, q.shape[2], chunk_size):
         stop = min(start + chunk_size, q.shape[2])
         first = 0 if full else max(0, start - (window - 1 if back is None else back))
-        distance = torch.arange(start, stop)[:, None] - torch.arange(first, stop)
+        if distances is None:
+            distance = torch.arange(start, stop)[:, None] - torch.arange(first, stop)
+        else:
+            distance = distances[start:stop, first:stop]
         mask = (distance >= 0) & (distance < window)
         if same:
             documents_seen = documents[:, None, first:stop]
@@ -918,7 +1113,8 @@ def _packed(q, k, v, documents, window, chunk_size, *, back=None, same=True, ful
 
 @misconception(
     "packed_attention",
-    "Your values are right, but all T x T scores exist at once. Take the queries chunk by chunk.",
+    "Your values are right, but something of T x T elements exists at once: all scores. Take the "
+    "queries chunk by chunk.",
     see=COST,
 )
 def holds_all_scores_at_once(q, k, v, documents, window, chunk_size):
@@ -927,6 +1123,27 @@ def holds_all_scores_at_once(q, k, v, documents, window, chunk_size):
     mask = mask & (documents[:, :, None] == documents[:, None, :])
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     return scores.masked_fill(~mask[:, None], -math.inf).softmax(-1) @ v
+
+
+@misconception(
+    "packed_attention",
+    "Your values are right and the queries go in chunks, but each chunk meets all keys, and the "
+    "mask hides most of them again. Slice k and v before the product.",
+    see=COST,
+)
+def multiplies_with_every_key(q, k, v, documents, window, chunk_size):
+    return _packed(q, k, v, documents, window, chunk_size, full=True)
+
+
+@misconception(
+    "packed_attention",
+    "Your values are right and the scores are sliced, but the mask was built for all T x T pairs. "
+    "Build it for the chunk and the keys that it sees.",
+    see=COST,
+)
+def builds_the_whole_mask(q, k, v, documents, window, chunk_size):
+    whole = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+    return _packed(q, k, v, documents, window, chunk_size, distances=whole)
 
 
 @misconception(

@@ -106,6 +106,16 @@ def returns_float32(x, weight, eps=1e-6):
     return _rms_norm(_wide(x), weight, eps)
 
 
+@misconception(
+    "rms_norm",
+    "You compute in float32 whatever comes. float32 is wider than float16 and bfloat16, and "
+    "narrower than float64, which should keep its digits.",
+    see=HALF,
+)
+def narrows_float64_to_float32(x, weight, eps=1e-6):
+    return _rms_norm(x.float(), weight.float(), eps).to(x.dtype)
+
+
 @alternative("rms_norm")
 def rounds_before_the_weight(x, weight, eps=1e-6):
     return _rms_norm(x, torch.ones_like(weight), eps) * weight
@@ -223,6 +233,26 @@ def subtracts_two_large_squares(x, weight, bias, dim, eps=1e-5):
     return _affine((wide - mean) * torch.rsqrt(variance + eps), weight, bias, dim).to(x.dtype)
 
 
+@misconception(
+    "layer_norm",
+    "You compute in float32 whatever comes. float32 is wider than float16 and bfloat16, and "
+    "narrower than float64, which should keep its digits.",
+    see=HALF,
+)
+def drops_the_digits_of_float64(x, weight, bias, dim, eps=1e-5):
+    return _layer_norm(x.float(), weight.float(), bias.float(), dim, eps).to(x.dtype)
+
+
+@misconception(
+    "layer_norm",
+    "You moved `dim` to the end and did not bring it back: the values are right, in the wrong "
+    "places. The inverse of movedim(dim, -1) is movedim(-1, dim).",
+    see=LAYER_NORM,
+)
+def leaves_the_features_at_the_end(x, weight, bias, dim, eps=1e-5):
+    return _layer_norm(x.movedim(dim, -1), weight, bias, -1, eps)
+
+
 @alternative("layer_norm")
 def moves_the_dimension_to_the_end(x, weight, bias, dim, eps=1e-5):
     wide = _wide(x).movedim(dim, -1)
@@ -268,7 +298,7 @@ class _BatchNorm(nn.Module):
         return x.mean(self.over(x), True), x.var(self.over(x), correction=0, keepdim=True)
 
     def unbiased(self, x):
-        return x.var(self.over(x))
+        return x.detach().var(self.over(x))
 
     def share(self):
         return self.momentum
@@ -393,6 +423,55 @@ class adds_eps_beside_the_root(_BatchNorm):
         return 1 / (variance.sqrt() + self.eps)
 
 
+@misconception(
+    "BatchNorm",
+    "Your running variance takes n for the number of examples. With (N, C, L) input a channel has "
+    "N * L values: n / (n - 1) counts them all.",
+    see=BATCH_NORM,
+)
+class counts_the_examples_only(_BatchNorm):
+    def unbiased(self, x):
+        count = x.shape[0]
+        return x.detach().var(self.over(x), correction=0) * count / max(count - 1, 1)
+
+
+@misconception(
+    "BatchNorm",
+    "You refuse every batch of one example. What training needs is two values a channel: one "
+    "example with several positions has them.",
+    see=BATCH_NORM,
+)
+class refuses_a_batch_of_one(_BatchNorm):
+    def check(self, x):
+        if x.shape[0] < 2:
+            raise ValueError("more than one example")
+
+
+@misconception(
+    "BatchNorm",
+    "You normalise by the running statistics in training as well. In training each batch is "
+    "normalised by its own mean and variance; the running ones are only kept for later.",
+    see=BATCH_NORM,
+)
+class normalises_by_the_running_statistics_in_training(_BatchNorm):
+    def batch_statistics(self, x):
+        return self.running_statistics(x)
+
+
+@misconception(
+    "BatchNorm",
+    "Your values are right, but the running statistics carry the graph of the step, and it that of "
+    "the step before: memory grows with every step. Update them under torch.no_grad().",
+    see=BATCH_NORM,
+)
+class keeps_the_graph_of_every_step(_BatchNorm):
+    def remember(self, x):
+        share = self.momentum
+        mean, variance = x.mean(self.over(x)), x.var(self.over(x))
+        self.running_mean = (1 - share) * self.running_mean + share * mean
+        self.running_var = (1 - share) * self.running_var + share * variance
+
+
 @alternative("BatchNorm")
 class wraps_torch(nn.BatchNorm1d):
     def __init__(self, dim, momentum=0.1, eps=1e-5):
@@ -513,6 +592,38 @@ def sums_in_the_projection(grad_y, grad_total, total, weight, eps=1e-6):
     return _add_rms_norm_backward(grad_y, grad_total, total, weight, eps, through=through)
 
 
+@misconception(
+    "add_rms_norm_backward",
+    "You send the skip path's gradient through the norm. grad_total arrives at total itself, "
+    "beside the norm: add it at the end.",
+    see=BACKWARD,
+)
+def sends_the_skip_gradient_through_the_norm(grad_y, grad_total, total, weight, eps=1e-6):
+    grads = grad_y + grad_total
+    return _add_rms_norm_backward(grads, torch.zeros_like(total), total, weight, eps)
+
+
+@misconception(
+    "add_rms_norm_backward",
+    "Your gradient of total knows no weight. y = n * weight, so that what arrives at n is "
+    "grad_y * weight.",
+    see=BACKWARD,
+)
+def forgets_the_weight(grad_y, grad_total, total, weight, eps=1e-6):
+    return _add_rms_norm_backward(grad_y, grad_total, total, torch.ones_like(weight), eps)
+
+
+@misconception(
+    "add_rms_norm_backward",
+    "Your weight gradient takes total. What the weight multiplies is the normalised total, so that "
+    "its gradient is the sum of grad_y * n.",
+    see=BACKWARD,
+)
+def multiplies_by_the_unnormalised_total(grad_y, grad_total, total, weight, eps=1e-6):
+    grad, _ = _add_rms_norm_backward(grad_y, grad_total, total, weight, eps)
+    return grad, (grad_y * total).reshape(-1, weight.numel()).sum(0)
+
+
 @alternative("add_rms_norm_backward")
 def multiplies_by_the_jacobian(grad_y, grad_total, total, weight, eps=1e-6):
     dim = weight.numel()
@@ -548,10 +659,10 @@ def asks_autograd(grad_y, grad_total, total, weight, eps=1e-6):
 
 @misconception(
     "deepnorm_residual",
-    "Your alpha multiplies the sublayer. In DeepNorm it multiplies the skip path, so that a "
-    "sublayer moves the stream less the deeper the network is; on the sublayer it does the "
-    "reverse.",
+    "Nothing is repaired yet: your result is the program's as it came. Which of the two branches "
+    "should a deep network trust more, and which of them does a large alpha enlarge here?",
     see=DEEPNORM,
+    is_starter=True,
 )
 def alpha_scales_the_sublayer(x, update, weight, bias, alpha, eps=1e-5):
     return F.layer_norm(x + alpha * update, weight.shape, weight, bias, eps)
@@ -584,6 +695,16 @@ def normalises_the_update_only(x, update, weight, bias, alpha, eps=1e-5):
 )
 def applies_alpha_twice(x, update, weight, bias, alpha, eps=1e-5):
     return F.layer_norm(alpha * x + update / alpha, weight.shape, weight, bias, eps)
+
+
+@misconception(
+    "deepnorm_residual",
+    "You divide the sublayer by alpha. The ratio of the branches is right, but the total is alpha "
+    "times smaller, so that eps beside its variance counts for more: multiply the skip path.",
+    see=DEEPNORM,
+)
+def divides_the_update_and_keeps_eps(x, update, weight, bias, alpha, eps=1e-5):
+    return F.layer_norm(x + update / alpha, weight.shape, weight, bias, eps)
 
 
 @misconception(
@@ -668,6 +789,26 @@ def enlarges_the_initial_weights(placement, num_layers, dim):
 def uses_the_constants_with_cross_attention(placement, num_layers, dim):
     alpha, beta = (3 * num_layers) ** 0.25, (12 * num_layers) ** -0.25
     return _plan(placement, num_layers, dim, alpha=alpha, beta=beta)
+
+
+@misconception(
+    "deepnorm_plan",
+    "Your trainable is half of it. A layer has two norms, one after each sublayer, and each norm "
+    "has a weight and a bias.",
+    see=DEEPNORM,
+)
+def counts_half_of_the_norms(placement, num_layers, dim):
+    return _plan(placement, num_layers, dim) | {"trainable": 2 * num_layers * dim}
+
+
+@misconception(
+    "deepnorm_plan",
+    "Your update is half of it. There are 2N sublayers, and each adds v^2 and w^2.",
+    see=DEEPNORM,
+)
+def counts_half_of_the_update(placement, num_layers, dim):
+    plan = _plan(placement, num_layers, dim)
+    return plan | {"update": plan["update"] / 2}
 
 
 @alternative("deepnorm_plan")
@@ -772,6 +913,56 @@ def leaves_the_bias_in_padded_positions(x, is_real, weight, bias, eps=1e-5):
     return out * weight + bias
 
 
+@misconception(
+    "masked_batch_norm",
+    "Your variance divides by one less, tensor.var's default. The batch is normalised by the plain "
+    "mean of the squares: correction=0.",
+    see=BATCH_NORM,
+)
+def divides_by_one_less(x, is_real, weight, bias, eps=1e-5):
+    real = x[is_real]
+    return _masked(x, is_real, weight, bias, eps, real.mean(0), real.var(0))
+
+
+@misconception(
+    "masked_batch_norm",
+    "Your mean is right, but padding counts in the variance: set to zero before the mean was "
+    "subtracted, each padded position adds mean^2. Mask after centring.",
+    see=PADDING,
+)
+def counts_padding_in_the_variance(x, is_real, weight, bias, eps=1e-5):
+    filled, count = x.masked_fill(~is_real[..., None], 0), is_real.sum()
+    mean = filled.sum((0, 1)) / count
+    variance = (filled - mean).square().sum((0, 1)) / count
+    return _masked(x, is_real, weight, bias, eps, mean, variance)
+
+
+@misconception(
+    "masked_batch_norm",
+    "Your statistics are right, but you clear the padding of the result by a product, and 0 * NaN "
+    "is NaN. Choose with indexing or torch.where there, too.",
+    see=PADDING,
+)
+def multiplies_the_result_by_the_mask(x, is_real, weight, bias, eps=1e-5):
+    real = x[is_real]
+    y = (x - real.mean(0)) * torch.rsqrt(real.var(0, correction=0) + eps) * weight + bias
+    return y * is_real[..., None]
+
+
+@misconception(
+    "masked_batch_norm",
+    "You average the means of the sequences. Then a token of a short sequence counts for more: "
+    "every real position counts alike.",
+    see=PADDING,
+)
+def averages_over_the_sequences(x, is_real, weight, bias, eps=1e-5):
+    keep, count = is_real[..., None], is_real.sum(1, keepdim=True).clamp(min=1)
+    mean = (x.masked_fill(~keep, 0).sum(1) / count).mean(0)
+    centred = (x - mean).masked_fill(~keep, 0)
+    variance = (centred.square().sum(1) / count).mean(0)
+    return _masked(x, is_real, weight, bias, eps, mean, variance)
+
+
 @alternative("masked_batch_norm")
 def sums_with_where(x, is_real, weight, bias, eps=1e-5):
     keep, zero = is_real[..., None], torch.zeros((), dtype=x.dtype)
@@ -855,6 +1046,67 @@ def joins_all_blocks(blocks):
     return joined.mean(0), (joined - joined.mean(0)).square().mean(0)
 
 
+@misconception(
+    "streamed_statistics",
+    "You go to float64, where E[x^2] - E[x]^2 keeps enough digits for this mean. The copy is twice "
+    "as large as the block, and an accelerator may have no float64: merge deviations in float32.",
+    see=ONE_PASS,
+)
+def goes_to_float64(blocks):
+    total = sum(len(b) for b in blocks)
+    sums = squares = 0
+    for block in blocks:
+        sums = sums + block.double().sum(0)
+        squares = squares + block.double().square().sum(0)
+    mean = sums / total
+    return mean.float(), (squares / total - mean.square()).float()
+
+
+@misconception(
+    "streamed_statistics",
+    "You read the blocks twice: for the mean, and for the deviations from it. The values are "
+    "right, but a stream passes by once: merge each block's own mean and deviations.",
+    see=ONE_PASS,
+)
+def reads_every_block_twice(blocks):
+    total = sum(len(b) for b in blocks)
+    mean = sum(b.mean(0) * (len(b) / total) for b in blocks if len(b))
+    return mean, sum((b - mean).square().sum(0) for b in blocks) / total
+
+
+@misconception(
+    "streamed_statistics",
+    "You move the running mean before you use it: the gap in gap^2 * count * n / (count + n) is "
+    "between the block's mean and the mean of what came BEFORE.",
+    see=ONE_PASS,
+)
+def takes_the_gap_to_the_new_mean(blocks):
+    count, mean, deviations = 0, 0.0, 0.0
+    for n, m, v in _parts(blocks):
+        mean = mean + (m - mean) * (n / (count + n))
+        deviations = deviations + n * v + (m - mean).square() * (count * n / (count + n))
+        count += n
+    return mean, deviations / count
+
+
+@misconception(
+    "streamed_statistics",
+    "An empty block makes everything NaN: the mean of no rows is 0 / 0. Pass over blocks without "
+    "rows.",
+    see=ONE_PASS,
+)
+def empty_blocks_become_nan(blocks):
+    count, mean, deviations = 0, 0.0, 0.0
+    for block in blocks:
+        n, m = len(block), block.mean(0)
+        gap = m - mean
+        deviations = deviations + (block - m).square().sum(0)
+        deviations = deviations + gap.square() * (count * n / max(count + n, 1))
+        mean = mean + gap * (n / max(count + n, 1))
+        count += n
+    return mean, deviations / count
+
+
 @alternative("streamed_statistics")
 def goes_row_by_row_as_welford(blocks):
     count, mean = 0, torch.zeros(blocks[0].shape[1])
@@ -871,9 +1123,11 @@ def goes_row_by_row_as_welford(blocks):
 @alternative("streamed_statistics")
 def shifts_by_the_first_row(blocks):
     shift = next(b[0] for b in blocks if len(b))
-    count = sum(len(b) for b in blocks)
-    total = sum((b - shift).sum(0) for b in blocks)
-    squares = sum((b - shift).square().sum(0) for b in blocks)
+    count, total, squares = 0, 0.0, 0.0
+    for block in blocks:
+        shifted = block - shift
+        count += len(block)
+        total, squares = total + shifted.sum(0), squares + shifted.square().sum(0)
     return shift + total / count, squares / count - (total / count).square()
 
 

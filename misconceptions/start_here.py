@@ -109,9 +109,41 @@ def returns_float32(hidden, is_real):
     see=FIRST,
 )
 def averages_over_the_batch(hidden, is_real):
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    mean = hidden.to(wide)[is_real].sum(0) / is_real.sum().clamp(min=1)
-    return mean.to(hidden.dtype).expand(hidden.shape[0], -1).contiguous()
+    return hidden[is_real].mean(0)
+
+
+@misconception(
+    "mean_pool",
+    "Your values are those of the usual code for Sentence-BERT, which trusts its input: nan at "
+    "padding survives the product with the mask (0 * nan is nan), and half precision comes back "
+    "as float32. Here both matter.",
+    see=EDGES,
+)
+def pools_as_sentence_transformers_does(hidden, is_real):
+    weights = is_real.unsqueeze(-1).expand(hidden.size()).float()
+    return torch.sum(hidden * weights, 1) / torch.clamp(weights.sum(1), min=1e-9)
+
+
+@misconception(
+    "mean_pool",
+    "You count the real tokens and take so many from the left. Padding may stand on the left, or "
+    "in between: is_real says which positions count, not only how many.",
+    see=PADDING,
+)
+def assumes_padding_on_the_right(hidden, is_real):
+    num_real = is_real.sum(1)
+    on_the_right = torch.arange(hidden.shape[1]) < num_real[:, None]
+    return _mean(hidden, on_the_right).to(hidden.dtype)
+
+
+@misconception(
+    "mean_pool",
+    "You add up in float32 whatever comes. 'In float32 at least' keeps float64: widen float16 and "
+    "bfloat16 only, or the digits that a caller paid for are gone.",
+    see=EDGES,
+)
+def narrows_float64_to_float32(hidden, is_real):
+    return _mean(hidden.float(), is_real).to(hidden.dtype)
 
 
 @misconception(

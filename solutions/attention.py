@@ -188,7 +188,7 @@ def attend_with_cache(q, k, v, k_cache, v_cache):
 
 
 def attention_cost(config, seq_len, bits=16):
-    """What attention costs a model: {"kv_bytes", "projection_flops", "score_flops"}, all integers.
+    """What attention costs a model: {"kv_bytes", "projection_flops", "score_flops"}, all numbers.
 
     config: a dict with the fields of a Hugging Face config.json: "hidden_size",
     "num_hidden_layers", "num_attention_heads"; "num_key_value_heads" is missing in models that

@@ -123,3 +123,19 @@ def test_watch_grades_on_save(course):
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_untouched_repair_is_not_reported_as_a_mistake(course, answer, capsys):
+    grader, catalogue = course / "tests/exercises/test_toy.py", course / "misconceptions/toy.py"
+    text = grader.read_text().replace('"mean_pool", **FACTS', '"mean_pool", **REPAIR')
+    facts = 'REPAIR = {**FACTS, "kind": "repair"}\n\n@exercise("mean_pool"'
+    grader.write_text(text.replace('@exercise("mean_pool"', facts))
+    text = catalogue.read_text().replace("their number.", "their number, untouched.")
+    catalogue.write_text(text.replace('see="1. Pooling")\ndef sums',
+                                      'see="1. Pooling", is_starter=True)\ndef sums'))  # fmt: skip
+    answer("def mean_pool(x): return x.sum(1)")
+    assert main([]) == 1
+    everything = capsys.readouterr().out
+    assert "not repaired" in everything and "untouched" not in everything
+    main(["mean_pool"])
+    assert "untouched" in capsys.readouterr().out

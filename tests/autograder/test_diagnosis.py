@@ -1,10 +1,14 @@
 """Wrong answers are recognised by what they compute, however they are written."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from autograder.diagnosis import replay
-from autograder.recording import Call, Raised, Returned, distance, snapshot
+from autograder.diagnosis import Memory, replay
+from autograder.engine import grade_namespace
+from autograder.recording import Call, Raised, Returned, distance, fingerprint, snapshot
+from autograder.workspace import load_chapter
 
 
 def test_function_is_diagnosed_in_another_form(grade_function):
@@ -46,6 +50,52 @@ def test_right_answer_is_not_diagnosed(grade_function):
 
 def test_dtype_tells_misconceptions_apart(grade_function):
     assert grade_function(lambda x: x.sum(1).double()).diagnosis is None
+
+
+def test_agreeing_where_it_is_right_is_no_diagnosis(grade_function):
+    def raises_in_batches(x):
+        if x.shape[1] > 1:
+            raise ValueError("more than one step")
+        return x[:, 0].clone()
+
+    assert grade_function(raises_in_batches).diagnosis is None
+
+
+def test_changed_input_is_not_taken_for_a_mistake(grade_function):
+    def right_but_in_place(x):
+        out = x.mean(1)
+        x.zero_()
+        return out
+
+    assert grade_function(right_but_in_place).diagnosis is None
+
+
+def test_memory_runs_a_candidate_once_an_input(course):
+    chapter = load_chapter(course, "toy")
+    exercise, runs = chapter.exercises[0], []
+
+    def counts(x):
+        runs.append(x)
+        return x.sum(1)
+
+    counted = replace(chapter.misconceptions[0], implementation=counts)
+    chapter = replace(chapter, misconceptions=(counted, *chapter.misconceptions[1:]))
+    memory = Memory()
+    for _ in range(3):
+        result = grade_namespace(
+            chapter, exercise, {exercise.name: lambda x: x.sum(1)}, None, source="", memory=memory
+        )
+        assert result.diagnosis.name == "sums the steps"
+    assert len(runs) == len(exercise.checks)
+
+
+def test_fingerprint_tells_arguments_apart():
+    x = torch.arange(6.0)
+    same = fingerprint(((x,), {"eps": 1e-6}))
+    assert fingerprint(((x.clone(),), {"eps": 1e-6})) == same
+    others = [x.view(2, 3), x.double(), x + 1, x.bfloat16(), torch.empty(0)]
+    prints = {fingerprint(((other,), {"eps": 1e-6})) for other in others}
+    assert len(prints) == len(others) and same not in prints
 
 
 def test_replay_needs_a_call_that_agrees():

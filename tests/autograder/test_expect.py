@@ -18,6 +18,7 @@ E = torch.arange(1.0, 10.0).reshape(3, 3) ** 2
         (E - 2, "off by the same amount, -2"),
         (-E, "opposite sign"),
         (E.T.contiguous(), "dimensions 0 and 1 swapped"),
+        (E + 1e-6, "The error is tiny"),
         (E * 1.001 + torch.eye(3) * 0.01, "right in the main"),
         (E + torch.tensor([[0.0], [0.0], [70.0]]) * torch.rand(3, 3), "Only indices 2 of dim"),
         (E.masked_fill(E > 50, torch.nan), "2 of 9 elements are NaN"),
@@ -25,6 +26,17 @@ E = torch.arange(1.0, 10.0).reshape(3, 3) ** 2
 )  # fmt: skip
 def test_difference_names_the_simple_relation(actual, words):
     assert words in describe_difference(actual, E)
+
+
+def test_difference_names_an_order_of_dimensions():
+    e = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert "permute(1, 2, 0)" in describe_difference(e.permute(1, 2, 0), e)
+    assert "got 2, expected 1" in describe_difference(torch.tensor(2.0), torch.tensor(1.0))
+
+
+def test_difference_shows_digits_that_differ():
+    e = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert "got 2.00000001, expected 2." in describe_difference(e + torch.tensor([0, 1e-8]), e)
 
 
 def test_difference_of_integers_counts():

@@ -2,7 +2,7 @@
 
 import torch
 
-from autograder.spies import largest_new_tensor
+from autograder.spies import largest_new_tensor, order_of_reads
 
 
 def test_sees_the_largest_fresh_storage():
@@ -26,3 +26,16 @@ def test_sees_backward():
     with largest_new_tensor() as spy:
         y.backward()
     assert spy.bytes >= 4 * 4 * 4
+
+
+def test_order_of_reads_shows_who_comes_back():
+    blocks = [torch.randn(4, 2) for _ in range(3)]
+    with order_of_reads(blocks) as spy:
+        first = blocks[0][0]
+        for block in blocks:
+            (block - first).square().sum()
+    assert spy.order == [0, 1, 2]
+    with order_of_reads(blocks) as spy:
+        mean = sum(block.sum(0) for block in blocks) / 12
+        sum((block - mean).square().sum() for block in blocks)
+    assert spy.order == [0, 1, 2, 0, 1, 2]

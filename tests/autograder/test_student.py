@@ -1,6 +1,7 @@
 """An answer file that does not import says where and why."""
 
 import pytest
+import torch
 
 from autograder import refusals, student
 from autograder.refusals import Refusal
@@ -27,6 +28,16 @@ def test_rejects_file_that_does_not_import(tmp_path, source, message):
     assert refused.value.kind == refusals.IMPORT_FAILED
     assert "exercises/toy.py" in refused.value.message
     assert message in refused.value.message
+
+
+def test_settings_of_an_answer_file_stay_in_it(tmp_path):
+    path = tmp_path / "toy.py"
+    path.write_text(
+        "import torch\ntorch.set_default_dtype(torch.float64)\ntorch.set_grad_enabled(False)\n"
+    )
+    load_module(path, "exercises/toy.py")
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
 
 
 def test_rejects_missing_file(tmp_path):

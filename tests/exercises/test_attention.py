@@ -1,5 +1,6 @@
 """Grades chapter 04: attention."""
 
+import functools
 import math
 
 import torch
@@ -57,7 +58,7 @@ class TestScaledDotProductAttention:
 
     @points(2)
     def test_dropout(self, student, rng):
-        """drops probabilities and scales up the rest"""
+        """drops probabilities and scales up the rest, where is_kept is given"""
         q, k, v = (randn(2, 3, n, 8, rng=rng, dtype=torch.float64) for n in (5, 7, 7))
         is_kept = torch.rand(2, 3, 5, 7, generator=rng) >= 0.3
         uniform = torch.eye(7, dtype=torch.float64).expand(2, 3, 7, 7)
@@ -65,6 +66,8 @@ class TestScaledDotProductAttention:
         expected = torch.where(is_kept, weights / 0.7, 0.0) @ v
         out = student.scaled_dot_product_attention(q, k, v, is_kept, 0.3)
         expect.close(out, expected, "the output with dropout")
+        out = student.scaled_dot_product_attention(q, k, v, None, 0.3)
+        expect.close(out, weights @ v, "the output with a rate, but without is_kept")
 
 
 @exercise(
@@ -136,8 +139,9 @@ class TestDecoderMask:
     hints=(
         "exp(-inf) is exactly zero: hide keys before the softmax, and it normalises what is left. "
         "Then ask what softmax makes of a row that is -inf throughout.",
-        "NaN in the output: a row had nothing to see, and -inf - (-inf) is NaN. Replacing the NaN "
-        "afterwards mends the output but not the gradient, since 0 * NaN is NaN in backward.",
+        "NaN in the output: a row had nothing to see, and -inf - (-inf) is NaN. NaN in the "
+        "gradient alone: it was replaced afterwards, but softmax's backward multiplies by it. A "
+        "row of zeros where keys are seen: an unseen score was large, and came before the mask.",
         "is_empty = no True in the row; fill -inf where neither mask nor is_empty; softmax; fill 0 "
         "where is_empty.",
     ),
@@ -151,6 +155,9 @@ class TestMaskedSoftmax:
         mask[:, 2] = True
         expected = scores.masked_fill(~mask, -math.inf).softmax(-1)
         expect.close(student.masked_softmax(scores, mask), expected, "the probabilities")
+        scores = scores.masked_fill(~mask, 300.0)
+        out = student.masked_softmax(scores, mask)
+        expect.close(out, expected, "the probabilities where unseen scores are 300")
 
     @points(2)
     def test_empty_rows(self, student, rng):
@@ -180,11 +187,13 @@ class TestMaskedSoftmax:
     @points(2)
     def test_half_precision(self, student, rng):
         """hides keys in float16 and bfloat16, whatever the size of the scores"""
-        mask = torch.tensor([[True, False, True, False]])
+        mask = torch.tensor([[True, False, True, False]]).repeat(3, 1)
+        mask[2] = False
         for dtype in (torch.float16, torch.bfloat16):
             for offset in (0, -3e4):
                 scores = (randn(3, 4, rng=rng) * 2 + offset).to(dtype)
-                expected = scores.float().masked_fill(~mask, -math.inf).softmax(-1).to(dtype)
+                expected = scores.float().masked_fill(~mask, -math.inf).softmax(-1)
+                expected = expected.nan_to_num(0.0).to(dtype)
                 out = student.masked_softmax(scores, mask)
                 expect.close(out, expected, f"the {dtype} probabilities of scores near {offset:g}")
 
@@ -226,7 +235,8 @@ def projections(dim, rng, dtype=torch.float32):
         "(B, T, dim) -> (B, T, heads, width) -> (B, heads, T, width): a view, then a transpose. On "
         "the way back the same two steps in reverse.",
         "RuntimeError 'view size is not compatible': after a transpose memory is out of order, use "
-        "reshape (or contiguous, then view). It runs but the values are wrong: a view straight to "
+        "reshape (or contiguous, then view). 'Missing key(s) in state_dict': four nn.Linear with "
+        "those names and bias=False. It runs but the values are wrong: a view straight to "
         "(B, heads, T, width) cuts positions, not columns, into heads.",
         "split each projection; scores = q k^T / sqrt(width of a head); mask the upper triangle if "
         "causal; softmax; times v; transpose(1, 2); reshape to (B, T, dim); o_proj.",
@@ -335,14 +345,15 @@ class TestAttentionBackward:
         def make(*shape):
             return randn(*shape, rng=rng, dtype=torch.float64)
 
-        q, grad_out = make(2, 3, num_queries, 4), make(2, 3, num_queries, 4) + 0.5
-        k, v = make(2, 3, num_keys, 4), make(2, 3, num_keys, 4) + 0.5
-        bias = make(3, num_queries, num_keys)
+        # A batch of 3 and a scale of 1/2: a mean over the batch is not a forgotten scale.
+        q, grad_out = make(3, 2, num_queries, 4), make(3, 2, num_queries, 4) + 0.5
+        k, v = make(3, 2, num_keys, 4), make(3, 2, num_keys, 4) + 0.5
+        bias = make(2, num_queries, num_keys)
         if is_masked:
             future = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(1)
             bias = bias.masked_fill(future, -math.inf)
         inputs = [x.clone().requires_grad_() for x in (q, k, v, bias)]
-        out = F.scaled_dot_product_attention(*inputs[:3], attn_mask=inputs[3].expand(2, -1, -1, -1))
+        out = F.scaled_dot_product_attention(*inputs[:3], attn_mask=inputs[3].expand(3, -1, -1, -1))
         expected = torch.autograd.grad(out, inputs, grad_out)
         actual = student.attention_backward(grad_out, q, k, v, bias)
         expect.true(
@@ -397,7 +408,14 @@ class TestAttendWithCache:
         mask = position <= position[num_cached:, None]
         expected = F.scaled_dot_product_attention(q, k_all, v_all, attn_mask=mask, enable_gqa=True)
         actual = student.attend_with_cache(q, k, v, k_cache, v_cache)
-        expect.close(actual, (expected, k_all, v_all), "(out, k_all, v_all)")
+        expect.true(
+            type(actual) is tuple and len(actual) == 3, "Return a tuple: (out, k_all, v_all)."
+        )
+        for name, ours, theirs in zip(
+            ("out", "k_all", "v_all"), actual, (expected, k_all, v_all), strict=True
+        ):
+            case = f"{name}, with C = {num_cached}, T = {num_new}, K = {num_kv_heads} of H = 4"
+            expect.close(ours, theirs, case)
 
     @points(2)
     def test_sharing(self, student, rng):
@@ -417,32 +435,36 @@ class TestAttendWithCache:
         self.compare(student, rng, 2, 6, 3)
 
 
-# Published config.json files. name -> config
-LLAMA_2_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-LLAMA_2_70B = {
-    "hidden_size": 8192,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-}
-LLAMA_3_8B = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
-OPT_13B = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40}
-MISTRAL_NEMO = {
-    "hidden_size": 5120,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
+# Published config.json files.
+CONFIGS = {
+    "Llama 2 7B": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "Llama 2 70B": {
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "Llama 3 8B": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "OPT-13B": {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "Mistral NeMo": {
+        "hidden_size": 5120,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
 }
 
 
-def counted_flops(config, seq_len):
+@functools.cache
+def counted_flops(name, seq_len):
     """What torch's FLOP counter sees, on tensors without data: (projections, scores)."""
+    config = CONFIGS[name]
     dim, num_heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim", dim // num_heads)
     num_kv_heads = config.get("num_key_value_heads", num_heads)
@@ -474,47 +496,52 @@ def counted_flops(config, seq_len):
     ),
 )
 class TestAttentionCost:
+    @staticmethod
+    def cost(student, name, *args):
+        cost = student.attention_cost(dict(CONFIGS[name]), *args)
+        keys = ("kv_bytes", "projection_flops", "score_flops")
+        expect.true(
+            type(cost) is dict and sorted(cost) == sorted(keys),
+            f"Return a dict with the keys {', '.join(keys)}.",
+        )
+        return cost
+
     @points(2)
     def test_kv_bytes(self, student, rng):
         """gives the published bytes of a cache"""
-        for name, config, kib in (
-            ("OPT-13B", OPT_13B, 800),
-            ("Llama 2 70B", LLAMA_2_70B, 320),
-            ("Llama 3 8B", LLAMA_3_8B, 128),
-        ):
-            cost = student.attention_cost(config, 2048)
+        for name, kib in (("OPT-13B", 800), ("Llama 2 70B", 320), ("Llama 3 8B", 128)):
+            cost = self.cost(student, name, 2048)
             expect.number(cost["kv_bytes"], kib * 1024 * 2048, what=f"kv_bytes of {name}")
 
     @points(1)
     def test_bits(self, student, rng):
         """counts a cache of 8 or 4 bits an element"""
         for bits in (8, 4):
-            cost = student.attention_cost(LLAMA_2_7B, 100, bits)
+            cost = self.cost(student, "Llama 2 7B", 100, bits)
             expected = 512 * 1024 * 100 * bits // 16
             expect.number(cost["kv_bytes"], expected, what=f"kv_bytes at {bits} bits")
 
     @points(1)
     def test_free_head_width(self, student, rng):
         """reads head_dim where a model sets it (Mistral NeMo: 128, and not 5120 / 32)"""
-        cost = student.attention_cost(MISTRAL_NEMO, 1)
+        cost = self.cost(student, "Mistral NeMo", 1)
         expect.number(cost["kv_bytes"], 160 * 1024, what="kv_bytes of Mistral NeMo")
 
     @points(2)
     def test_projection_flops(self, student, rng):
         """gives the FLOPs of the projections that torch counts"""
-        for config in (LLAMA_2_7B, LLAMA_2_70B, MISTRAL_NEMO):
-            expected, _ = counted_flops(config, 1000)
-            cost = student.attention_cost(config, 1000)
-            expect.number(cost["projection_flops"], expected, what="projection_flops")
+        for name in ("Llama 2 7B", "Llama 2 70B", "Mistral NeMo"):
+            expected, _ = counted_flops(name, 1000)
+            cost = self.cost(student, name, 1000)
+            expect.number(cost["projection_flops"], expected, what=f"projection_flops of {name}")
 
     @points(2)
     def test_score_flops(self, student, rng):
         """gives the FLOPs of both products over pairs that torch counts"""
-        for config in (LLAMA_2_7B, LLAMA_2_70B, MISTRAL_NEMO):
-            _, expected = counted_flops(config, 1000)
-            expect.number(
-                student.attention_cost(config, 1000)["score_flops"], expected, what="score_flops"
-            )
+        for name in ("Llama 2 7B", "Llama 2 70B", "Mistral NeMo"):
+            _, expected = counted_flops(name, 1000)
+            cost = self.cost(student, name, 1000)
+            expect.number(cost["score_flops"], expected, what=f"score_flops of {name}")
 
 
 @exercise(
@@ -552,7 +579,10 @@ class TestPackedAttention:
         """equals attention with the whole mask"""
         q, k, v = (randn(2, 3, 24, 8, rng=rng) for _ in range(3))
         documents = self.make_documents(2, 24, rng)
-        documents[:, 14:] = documents[:, 14:] + 1  # at least one border in every sequence
+        # At least one border in every sequence, at its own place, and names that do not rise.
+        documents[0, 14:] += 1
+        documents[1, 9:] += 1
+        documents = 9 - documents
         out = student.packed_attention(q, k, v, documents, 5, 8)
         expect.close(out, self.expected(q, k, v, documents, 5))
 
@@ -575,14 +605,14 @@ class TestPackedAttention:
     @points(3)
     def test_memory(self, student, rng):
         """holds nothing that grows with the length squared, nor with chunk times length"""
-        q, k, v = (randn(1, 2, 1024, 8, rng=rng) for _ in range(3))
-        documents = self.make_documents(1, 1024, rng)
+        q, k, v = (randn(1, 2, 320, 8, rng=rng) for _ in range(3))
+        documents = self.make_documents(1, 320, rng)
         with largest_new_tensor() as spy:
-            out = student.packed_attention(q, k, v, documents, 16, 32)
-        expect.close(out, self.expected(q, k, v, documents, 16))
+            out = student.packed_attention(q, k, v, documents, 20, 40)
+        expect.close(out, self.expected(q, k, v, documents, 20))
         expect.true(
             spy.bytes <= 2 * out.nbytes,
             f"A buffer of {spy.bytes:,} bytes, shape {spy.shape}, was allocated; the output takes "
-            f"{out.nbytes:,}, the scores of one chunk with its window {2 * 32 * 48 * 4:,}. Slice "
+            f"{out.nbytes:,}, the scores of one chunk with its window {2 * 40 * 60 * 4:,}. Slice "
             "the keys to what the chunk can see before you multiply.",
         )

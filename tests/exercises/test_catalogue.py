@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from autograder import refusals
+from autograder.diagnosis import Memory
 from autograder.engine import grade, grade_namespace
 from autograder.student import load_module, with_replacement
 from autograder.workspace import chapter_stems, load_chapter
@@ -14,6 +15,10 @@ ROOT = Path(__file__).parents[2]
 SEEDS = range(20)
 CHAPTERS = {stem: load_chapter(ROOT, stem) for stem in chapter_stems(ROOT)}
 SOLUTIONS = {stem: load_module(ROOT / f"solutions/{stem}.py", stem) for stem in CHAPTERS}
+
+
+# Each misconception runs once on each input, however many are compared with it.
+MEMORY = {(stem, e.name): Memory() for stem, chapter in CHAPTERS.items() for e in chapter.exercises}
 
 
 def _exercise(stem, name):
@@ -26,7 +31,13 @@ def _graded(stem, declared, seed):
         SOLUTIONS[stem], exercise.entry, exercise.name, declared.implementation
     )
     return grade_namespace(
-        CHAPTERS[stem], exercise, namespace, SOLUTIONS[stem], source="answers", seed=seed
+        CHAPTERS[stem],
+        exercise,
+        namespace,
+        SOLUTIONS[stem],
+        source="answers",
+        seed=seed,
+        memory=MEMORY[stem, exercise.name],
     )
 
 
