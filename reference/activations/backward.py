@@ -31,7 +31,6 @@ from reference.activations.pointwise import (
     gelu_share,
     relu,
     sigmoid,
-    swish,
     widen,
 )
 
@@ -57,7 +56,7 @@ def sigmoid_slope(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """sigmoid(x) sigmoid(-x): 1/4 at 0, and less elsewhere."""
     check_floating(x)
     wide = widen(x)
-    return (sigmoid(wide) * sigmoid(-wide)).to(x.dtype)
+    return (torch.sigmoid(wide) * torch.sigmoid(-wide)).to(x.dtype)
 
 
 def tanh_slope(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -71,7 +70,7 @@ def swish_slope(x: Float[Tensor, "..."], *, beta: float | Tensor = 1.0) -> Float
     check_floating(x)
     wide = widen(x)
     scaled = beta * wide
-    return (sigmoid(scaled) + scaled * sigmoid_slope(scaled)).to(x.dtype)
+    return (torch.sigmoid(scaled) + scaled * sigmoid_slope(scaled)).to(x.dtype)
 
 
 def swish_beta_slope(
@@ -135,21 +134,30 @@ def geglu_backward(
 def swiglu_backward(
     grad_output: Float[Tensor, "... F"], gate: Float[Tensor, "... F"], up: Float[Tensor, "... F"]
 ) -> tuple[Float[Tensor, "... F"], Float[Tensor, "... F"]]:
-    """Gradients for gate and up of `swiglu`."""
-    return _gated_backward(swish, silu_slope, grad_output, gate, up)
+    """Gradients for gate and up of `swiglu`; one sigmoid serves value and slope."""
+    _check_gradient(grad_output, gate, up)
+    grad, wide = widen(grad_output), widen(gate)
+    share = torch.sigmoid(wide)
+    value = wide * share
+    grad_gate = grad * widen(up) * (share + value * (1 - share))
+    return grad_gate.to(gate.dtype), (grad * value).to(up.dtype)
 
 
 def _gated_backward(
     curve: Curve, slope: Curve, grad_output: Tensor, gate: Tensor, up: Tensor
 ) -> tuple[Tensor, Tensor]:
+    _check_gradient(grad_output, gate, up)
+    grad, wide = widen(grad_output), widen(gate)
+    grad_gate = grad * widen(up) * slope(wide)
+    return grad_gate.to(gate.dtype), (grad * curve(wide)).to(up.dtype)
+
+
+def _check_gradient(grad_output: Tensor, gate: Tensor, up: Tensor) -> None:
     check_gate_and_up(gate, up)
     if grad_output.shape != gate.shape:
         raise ValueError(
             f"grad_output: expected shape {tuple(gate.shape)}, got {tuple(grad_output.shape)}"
         )
-    grad, wide = widen(grad_output), widen(gate)
-    grad_gate = grad * widen(up) * slope(wide)
-    return grad_gate.to(gate.dtype), (grad * curve(wide)).to(up.dtype)
 
 
 class SwiGLUFunction(torch.autograd.Function):

@@ -9,6 +9,8 @@ way back: a gradient is multiplied by the slope at every unit of every layer.
     GELU        x Phi(x), Phi the normal distribution: erf, or one of two approximations
 
 Every function computes in float32 at least and rounds once to the dtype of x, as torch does.
+`sigmoid` and `tanh` show how to write them without overflow; what is built on them here takes
+torch.sigmoid and torch.tanh, the same numbers in one kernel.
 
 Papers: Swish, 1710.05941; GELU and SiLU, 1606.08415, sec. 2.
 """
@@ -69,7 +71,7 @@ def swish(x: Float[Tensor, "..."], *, beta: float | Tensor = 1.0) -> Float[Tenso
     """
     check_floating(x)
     wide = widen(x)
-    return (wide * sigmoid(beta * wide)).to(x.dtype)
+    return (wide * torch.sigmoid(beta * wide)).to(x.dtype)
 
 
 def silu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -102,9 +104,9 @@ def gelu_share(x: Tensor, approximate: str) -> Tensor:
             return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
         case "tanh":
             inner = x + GELU_TANH_CUBIC * x * x * x
-            return 0.5 * (1 + tanh(math.sqrt(2 / math.pi) * inner))
+            return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * inner))
         case "sigmoid":
-            return sigmoid(GELU_SIGMOID_SLOPE * x)
+            return torch.sigmoid(GELU_SIGMOID_SLOPE * x)
     raise ValueError(f"approximate: expected 'none', 'tanh' or 'sigmoid', got {approximate!r}")
 
 
