@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reference.transformer.token_ids import check_token_ids
+
 IGNORED = -100
 
 
@@ -55,7 +57,6 @@ def _check(logits: Tensor, labels: Tensor, reduction: str) -> None:
             "logits, labels: expected (B, T, V) and (B, T) with T >= 1, "
             f"got {tuple(logits.shape)} and {tuple(labels.shape)}; do not shift them"
         )
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels: expected whole numbers, got {labels.dtype}; labels.long()")
+    check_token_ids("labels", labels, logits.shape[-1], ignored=IGNORED)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")

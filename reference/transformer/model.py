@@ -35,6 +35,7 @@ from reference.attention.layer import Attend
 from reference.normalization import RMSNorm
 from reference.positions import apply_rope, attention_factor, rope_frequencies, rope_table
 from reference.transformer.config import LlamaConfig
+from reference.transformer.token_ids import check_token_ids, has_values
 
 
 @runtime_checkable
@@ -120,10 +121,13 @@ class Llama(nn.Module):
         parameters' dtype.
 
         Raises: TypeError for tokens that are no whole numbers; ValueError for an empty prompt, ids
-        outside the vocabulary, positions beyond the context, or a cache of unknown length.
+        outside the vocabulary, positions beyond the context, a cache of unknown length, or
+        num_logits below 1.
         """
         self._check_tokens(tokens)
-        batch, new = tokens.shape
+        if num_logits is not None and num_logits < 1:
+            raise ValueError(f"num_logits: expected at least 1, got {num_logits}; None gives all")
+        new = tokens.shape[1]
         past = _cached_tokens(cache)
         if positions is None:
             positions = torch.arange(past, past + new, device=tokens.device)
@@ -154,20 +158,12 @@ class Llama(nn.Module):
         return lambda x: apply_rope(x, cos, sin)
 
     def _check_tokens(self, tokens: Tensor) -> None:
-        if tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise TypeError(f"tokens: expected whole numbers, got {tokens.dtype}; tokens.long()")
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(
                 f"tokens: expected (B, T) with at least one token, got {tuple(tokens.shape)}; "
                 "an empty prompt begins with the tokenizer's first special token"
             )
-        if _has_values(tokens) and tokens.numel():
-            low, high = (int(bound) for bound in tokens.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"tokens: expected ids in 0 ... {self.config.vocab_size - 1}, got {low} ... "
-                    f"{high}; is the tokenizer this model's? (-100 belongs into labels)"
-                )
+        check_token_ids("tokens", tokens, self.config.vocab_size)
 
     def _check_positions(self, positions: Tensor, tokens: Tensor, num_keys: int) -> int:
         """The length of the text so far: the last position and one."""
@@ -175,7 +171,7 @@ class Llama(nn.Module):
             expected = f"{tuple(tokens.shape[1:])} or {tuple(tokens.shape)}"
             raise ValueError(f"positions: expected {expected}, got {tuple(positions.shape)}")
         limit = self.config.max_seq_len
-        is_known = _has_values(positions) and positions.numel()
+        is_known = has_values(positions) and positions.numel()
         low, high = map(int, positions.aminmax()) if is_known else (0, num_keys - 1)
         if low < 0 or high >= limit:
             raise ValueError(
@@ -191,8 +187,3 @@ def _cached_tokens(cache: KVCache | None) -> int:
     if isinstance(cache, SequenceCache):
         return int(cache.get_seq_length())
     raise ValueError("cache: expected get_seq_length() beside update(), to know where it ends")
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """Whether the numbers can be looked at: not on the meta device, nor while being traced."""
-    return type(tensor) is Tensor and not (tensor.is_meta or torch.compiler.is_compiling())

@@ -20,6 +20,11 @@ def _llama1(dim: int, hidden_dim: int, num_layers: int, num_heads: int) -> Llama
     )
 
 
+def _twice_as_long(config: LlamaConfig) -> LlamaConfig:
+    """Llama 2: the shapes of Llama 1 (grouped heads in the 70B alone), a context of 4,096."""
+    return replace(config, max_seq_len=4096, norm_eps=1e-5)
+
+
 def _llama3(dim: int, hidden_dim: int, num_layers: int, num_heads: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=128256,
@@ -62,7 +67,6 @@ def _smollm2(
 _LLAMA_1_7B = _llama1(4096, 11008, 32, 32)
 _LLAMA_1_13B = _llama1(5120, 13824, 40, 40)
 _LLAMA_1_65B = replace(_llama1(8192, 22016, 80, 64), norm_eps=1e-5)
-_LLAMA_2 = {"max_seq_len": 4096, "norm_eps": 1e-5}
 _LLAMA_3_8B = _llama3(4096, 14336, 32, 32)
 _LLAMA_3_70B = _llama3(8192, 28672, 80, 64)
 
@@ -71,9 +75,9 @@ PRESETS: dict[str, LlamaConfig] = {
     "llama-1-13b": _LLAMA_1_13B,
     "llama-1-33b": _llama1(6656, 17920, 60, 52),
     "llama-1-65b": _LLAMA_1_65B,
-    "llama-2-7b": replace(_LLAMA_1_7B, **_LLAMA_2),
-    "llama-2-13b": replace(_LLAMA_1_13B, **_LLAMA_2),
-    "llama-2-70b": replace(_LLAMA_1_65B, hidden_dim=28672, num_kv_heads=8, **_LLAMA_2),
+    "llama-2-7b": _twice_as_long(_LLAMA_1_7B),
+    "llama-2-13b": _twice_as_long(_LLAMA_1_13B),
+    "llama-2-70b": _twice_as_long(replace(_LLAMA_1_65B, hidden_dim=28672, num_kv_heads=8)),
     "llama-3-8b": _LLAMA_3_8B,
     "llama-3-70b": _LLAMA_3_70B,
     "llama-3.1-8b": _longer(_LLAMA_3_8B),
