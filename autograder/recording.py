@@ -1,5 +1,6 @@
 """What a student's function was called with and what it gave back, safe from later changes."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
 
 from autograder.expect import TOLERANCE, _allclose, _equal
 
@@ -34,9 +35,13 @@ class Call:
 
 def snapshot(value: Any) -> Any:
     """A copy that later changes cannot reach: tensors detached, generators with their state."""
-    # A spy around the call counts what the answer allocates, not the copies made here.
-    with _disable_current_modes():
+    with _without_spies():
         return _copied(value)
+
+
+def _without_spies() -> contextlib.AbstractContextManager[Any]:
+    """A spy around the call counts what the answer allocates, not the copies made here."""
+    return _disable_current_modes() if _len_torch_dispatch_stack() else contextlib.nullcontext()
 
 
 def _copied(value: Any) -> Any:
@@ -78,7 +83,7 @@ def _parts(value: Any) -> Iterator[bytes]:
 
 def unchanged(value: Any, before: Any) -> bool:
     """Whether tensors in `value` still hold what `before` (its snapshot) holds, bit for bit."""
-    with _disable_current_modes():
+    with _without_spies():
         return _same(value, before)
 
 
