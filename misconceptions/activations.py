@@ -102,6 +102,27 @@ def forgets_to_divide_by_the_cap(x, cap):
     return (cap * t).to(x.dtype), (cap * (1 - t * t)).to(x.dtype)
 
 
+@misconception(
+    "soft_cap",
+    "The sign is lost: after the exponential of -2|z| every value comes out positive. tanh is odd, "
+    "so put the sign of x back.",
+    see=SATURATION,
+)
+def loses_the_sign(x, cap):
+    return _soft_cap(x, cap, tanh=lambda z: torch.tanh(z).abs())
+
+
+@misconception(
+    "soft_cap",
+    "float64 input is computed in float32. Half precision is to be widened, nothing narrowed: "
+    "torch.promote_types(x.dtype, torch.float32).",
+    see=SATURATION,
+)
+def narrows_float64(x, cap):
+    t = torch.tanh(x.float() / cap)
+    return (cap * t).to(x.dtype), (1 - t * t).to(x.dtype)
+
+
 @alternative("soft_cap")
 def by_the_sigmoid(x, cap):
     z = _wide(x) / cap
@@ -300,6 +321,17 @@ def overflows_in_the_slope(grad_y, x, beta):
     return grad_y * (share + beta * x * bend), (grad_y * x * x * bend).sum()
 
 
+@misconception(
+    "swish_backward",
+    "You differentiate SiLU: beta is nowhere in your answer. It stands inside the sigmoid, and "
+    "before the second term of the slope.",
+    see=BACKWARD,
+)
+def takes_beta_for_one(grad_y, x, beta):
+    bend = _bend(x, 1)
+    return grad_y * (torch.sigmoid(x) + x * bend), (grad_y * x * x * bend).sum()
+
+
 @alternative("swish_backward")
 def from_the_output(grad_y, x, beta):
     share = torch.sigmoid(beta * x)
@@ -406,6 +438,17 @@ def counts_zero_as_active(batches, weight, bias):
 def joins_the_batches(batches, weight, bias):
     active = F.linear(torch.cat(batches), weight, bias) > 0
     return {"active_share": active.float().mean(0), "is_dead": ~active.any(0)}
+
+
+@misconception(
+    "dead_units",
+    "Your share is the mean of relu(x), a size. How often a unit is positive was asked for, not by "
+    "how much: count.",
+    see=DEAD,
+)
+def averages_the_activations(batches, weight, bias):
+    total = sum(F.relu(pre).sum(0) for pre in _pre(batches, weight, bias))
+    return {"active_share": total / sum(map(len, batches)), "is_dead": total == 0}
 
 
 @alternative("dead_units")
@@ -608,6 +651,17 @@ def counts_one_flop_a_weight(model_dim, num_layers, multiplier, multiple_of):
     return _plan(model_dim, num_layers, width, flops=1)
 
 
+@misconception(
+    "feed_forward_plan",
+    "You round to the nearest multiple. Llama rounds up, always, so that the layer is never "
+    "smaller than the 2/3 rule asks.",
+    see=GATES,
+)
+def rounds_to_the_nearest(model_dim, num_layers, multiplier, multiple_of):
+    width = round(_two_thirds(model_dim, multiplier) / multiple_of) * multiple_of
+    return _plan(model_dim, num_layers, width)
+
+
 @alternative("feed_forward_plan")
 def by_metas_formula(model_dim, num_layers, multiplier, multiple_of):
     width = int(multiplier * int(2 * (4 * model_dim) / 3))
@@ -706,6 +760,19 @@ def cuts_unevenly(gate_up_weight, down_weight, world_size):
     gate, up = (half.tensor_split(world_size) for half in gate_up_weight.chunk(2))
     rows = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
     return list(zip(rows, down_weight.tensor_split(world_size, dim=1), strict=True))
+
+
+@misconception(
+    "shard_gate_up",
+    "You cut the rows of down. Its rows are the outputs, which every device adds to; the hidden "
+    "units are its columns.",
+    see=FUSED,
+)
+def cuts_the_rows_of_down(gate_up_weight, down_weight, world_size):
+    _check_world_size(down_weight.shape[1], world_size)
+    gate, up = (half.chunk(world_size) for half in gate_up_weight.chunk(2))
+    rows = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+    return list(zip(rows, down_weight.tensor_split(world_size), strict=True))
 
 
 @alternative("shard_gate_up")
@@ -816,6 +883,20 @@ def forgets_the_gates_slope(x, gate_up_weight, down_weight, grad_y, tile):
 )
 def holds_all_hidden_activations(x, gate_up_weight, down_weight, grad_y, tile):
     return _tiled(x, gate_up_weight, down_weight, grad_y, [0], max(1, len(x)))
+
+
+@misconception(
+    "tiled_feed_forward",
+    "The two halves of your hidden gradient are exchanged: what belongs to gate stands where up "
+    "should. The packed rows are gate first, so its gradient comes first as well.",
+    see=FUSED,
+)
+def exchanges_the_gradients_of_gate_and_up(x, gate_up_weight, down_weight, grad_y, tile):
+    result = _tiled(x, gate_up_weight, down_weight, grad_y, range(0, len(x), tile), tile)
+    gate, up = F.linear(x, gate_up_weight).chunk(2, dim=-1)
+    grad_hidden = grad_y @ down_weight
+    both = torch.cat((grad_hidden * F.silu(gate), grad_hidden * up * _silu_slope(gate)), -1)
+    return {**result, "grad_gate_up": both.T @ x, "grad_x": both @ gate_up_weight}
 
 
 @alternative("tiled_feed_forward")

@@ -57,6 +57,7 @@ class TestSoftCap:
         """cap * tanh(x / cap), for several caps"""
         for cap in (1.0, 30.0, 0.5):
             self._check(student, _normal(rng, 4, 9, mean=0.3 * cap, std=1.5 * cap), cap, 0)
+        self._check(student, _normal(rng, 12, dtype=torch.float64), 2.0, 0)
 
     @points(2)
     def test_slopes(self, student, rng):
