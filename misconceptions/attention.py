@@ -861,12 +861,12 @@ def _with_cache(q, k, v, k_cache, v_cache, *, interleave=True, diagonal=None, is
 
 @misconception(
     "attend_with_cache",
-    "Nothing is repaired yet: your result is the program's as it came. Print what it does for "
-    "T = 1 and C = 3, and for K = 2 and H = 4: which keys, and which heads, are read?",
+    "Your result is the program's as it came. Print what it does for T = 1 and C = 3, and for K = 2 "
+    "and H = 4: which keys, and which heads, are read?",
     see=ELSEWHERE,
     is_starter=True,
 )
-def repeats_heads_and_aligns_at_the_top_left(q, k, v, k_cache, v_cache):
+def neither_fault_is_repaired_yet(q, k, v, k_cache, v_cache):
     return _with_cache(q, k, v, k_cache, v_cache, interleave=False, diagonal=0)
 
 

@@ -659,12 +659,12 @@ def asks_autograd(grad_y, grad_total, total, weight, eps=1e-6):
 
 @misconception(
     "deepnorm_residual",
-    "Nothing is repaired yet: your result is the program's as it came. Which of the two branches "
-    "should a deep network trust more, and which of them does a large alpha enlarge here?",
+    "Your result is the program's as it came. Try it with alpha = 1 and with a large alpha: what is "
+    "left of the sum?",
     see=DEEPNORM,
     is_starter=True,
 )
-def alpha_scales_the_sublayer(x, update, weight, bias, alpha, eps=1e-5):
+def nothing_is_repaired_yet(x, update, weight, bias, alpha, eps=1e-5):
     return F.layer_norm(x + alpha * update, weight.shape, weight, bias, eps)
 
 
