@@ -861,8 +861,8 @@ def _with_cache(q, k, v, k_cache, v_cache, *, interleave=True, diagonal=None, is
 
 @misconception(
     "attend_with_cache",
-    "Your result is the program's as it came. Print what it does for T = 1 and C = 3, and for K = 2 "
-    "and H = 4: which keys, and which heads, are read?",
+    "Your result is the program's as it came. Print what it does for T = 1 and C = 3, and for "
+    "K = 2 and H = 4: which keys, and which heads, are read?",
     see=ELSEWHERE,
     is_starter=True,
 )

@@ -659,8 +659,8 @@ def asks_autograd(grad_y, grad_total, total, weight, eps=1e-6):
 
 @misconception(
     "deepnorm_residual",
-    "Your result is the program's as it came. Try it with alpha = 1 and with a large alpha: what is "
-    "left of the sum?",
+    "Your result is the program's as it came. Try it with alpha = 1 and with a large alpha: what "
+    "is left of the sum?",
     see=DEEPNORM,
     is_starter=True,
 )
