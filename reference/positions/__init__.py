@@ -7,7 +7,7 @@ bounds     how scores may decay with distance
 """
 
 from reference.positions.absolute import LearnedPositions, sinusoidal_positions
-from reference.positions.bounds import interpolation_bound, mean_partial_sum
+from reference.positions.bounds import extrapolation_bound, interpolation_bound, mean_partial_sum
 from reference.positions.rotary import (
     apply_rope,
     apply_rope_complex,
@@ -15,7 +15,7 @@ from reference.positions.rotary import (
     half_to_interleaved,
     interleaved_to_half,
     rope_table,
-    rotate_half,
+    rotation,
 )
 from reference.positions.scaling import (
     RopeScaling,
@@ -32,6 +32,7 @@ __all__ = [
     "apply_rope_complex",
     "attention_factor",
     "complex_table",
+    "extrapolation_bound",
     "half_to_interleaved",
     "interleaved_to_half",
     "interpolation_bound",
@@ -39,7 +40,7 @@ __all__ = [
     "ntk_base",
     "rope_frequencies",
     "rope_table",
-    "rotate_half",
+    "rotation",
     "sinusoidal_positions",
     "yarn_range",
 ]

@@ -13,21 +13,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from reference.positions.scaling import plain_frequencies
-
 
 def sinusoidal_positions(
     positions: Int[Tensor, "*T"], dim: int, *, base: float = 10000.0
 ) -> Float[Tensor, "*T D"]:
     """The table's rows for these positions: sine and cosine side by side, float32.
 
+    Angles in float64: in float32 that of position 100,000 is off by up to 0.004.
+
     Raises: ValueError for an odd dim.
     Source: arXiv 1706.03762, sec. 3.5.
     """
     if dim < 2 or dim % 2:
         raise ValueError(f"dim: expected an even number of at least 2, got {dim}")
-    angles = positions[..., None].float() * plain_frequencies(dim, base).to(positions.device)
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
+    angles = positions[..., None].double() / base**exponents
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).float()
 
 
 class LearnedPositions(nn.Module):

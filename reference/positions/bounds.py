@@ -32,3 +32,13 @@ def interpolation_bound(head_dim: int, base: float = 10000.0) -> float:
     Source: arXiv 2306.15595, theorem 2.1, at the middle between two whole positions.
     """
     return head_dim / (32 * math.log(base))
+
+
+def extrapolation_bound(
+    distances: Float[Tensor, " S"], frequencies: Float[Tensor, " half"]
+) -> Float[Tensor, " S"]:
+    """How large a score can be at each distance for max |h| = 1: 2 B(s) = 2 sum_i |S_i(s)|.
+
+    Source: arXiv 2306.15595, sec. 2.3: the bound that holds beyond the length of training, too.
+    """
+    return 2 * len(frequencies) * mean_partial_sum(distances, frequencies)

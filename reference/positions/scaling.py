@@ -33,7 +33,10 @@ class RopeScaling:
     """How a model's frequencies are stretched.
 
     `original_max_position_embeddings` is the length that the model was trained on, for the types
-    that need it. `attention_factor` overrides YaRN's 0.1 ln s + 1.
+    that need it. `low_freq_factor` and `high_freq_factor` (llama3), `beta_slow` and `beta_fast`
+    (yarn) are turns within that length: fewer than the first, and a pair is slowed by `factor`;
+    more than the second, and it stays. `attention_factor` overrides YaRN's 0.1 ln s + 1; `truncate`
+    rounds its ramp outwards to whole pairs.
 
     Raises: ValueError for a type or a parameter that makes no sense.
     """
@@ -46,6 +49,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    truncate: bool = True
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
@@ -89,13 +93,15 @@ def rope_frequencies(
     base: float = 10000.0,
     scaling: RopeScaling | None = None,
     *,
-    seq_len: int | None = None,
+    seq_len: int | Tensor | None = None,
 ) -> Float[Tensor, " half"]:
     """theta_i, i = 0 ... d/2 - 1, in radians a token, stretched as `scaling` says.
 
-    `seq_len`, the length of the text so far, matters to "dynamic" alone.
+    `seq_len`, the length of the text so far, matters to "dynamic" alone; as a tensor it gives the
+    last bit of transformers, which takes the power in float32 once a text is longer.
 
-    Raises: ValueError for an odd head_dim or a base that is not above 1.
+    Raises: ValueError for an odd head_dim, one of 2 where the base is stretched (its only pair
+    turns by 1 radian whatever the base), or a base that is not above 1.
     Source: RoFormer, arXiv 2104.09864, eq. 15, and the papers of the types.
     """
     if head_dim < 2 or head_dim % 2:
@@ -103,6 +109,8 @@ def rope_frequencies(
     if not base > 1:
         raise ValueError(f"base: expected more than 1, got {base}")
     scaling = RopeScaling() if scaling is None else scaling
+    if head_dim == 2 and scaling.rope_type in ("ntk", "dynamic"):
+        raise ValueError("head_dim: expected at least 4 to stretch the base, got 2")
     match scaling.rope_type:
         case "linear":
             return plain_frequencies(head_dim, base) / scaling.factor
@@ -131,7 +139,7 @@ def attention_factor(scaling: RopeScaling | None) -> float:
     return 0.1 * math.log(scaling.factor) + 1.0
 
 
-def plain_frequencies(head_dim: int, base: float) -> Float[Tensor, " half"]:
+def plain_frequencies(head_dim: int, base: float | Tensor) -> Float[Tensor, " half"]:
     return 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
 
 
@@ -143,12 +151,14 @@ def ntk_base(base: float, head_dim: int, factor: float) -> float:
     return base * factor ** (head_dim / (head_dim - 2))
 
 
-def _dynamic_base(head_dim: int, base: float, scaling: RopeScaling, seq_len: int | None) -> float:
+def _dynamic_base(
+    head_dim: int, base: float, scaling: RopeScaling, seq_len: int | Tensor | None
+) -> float | Tensor:
     trained = scaling.original_max_position_embeddings
     assert trained is not None
     length = trained if seq_len is None else max(seq_len, trained)
     growth = scaling.factor * length / trained - (scaling.factor - 1)
-    return ntk_base(base, head_dim, growth)
+    return base * growth ** (head_dim / (head_dim - 2))
 
 
 def _llama3(head_dim: int, base: float, scaling: RopeScaling) -> Tensor:
@@ -164,18 +174,22 @@ def _llama3(head_dim: int, base: float, scaling: RopeScaling) -> Tensor:
     return torch.where(wavelengths < trained / high, frequencies, stretched)
 
 
-def yarn_range(head_dim: int, base: float, scaling: RopeScaling) -> tuple[int, int]:
+def yarn_range(head_dim: int, base: float, scaling: RopeScaling) -> tuple[int | float, int | float]:
     """First and last pair of the ramp: those that turn beta_fast and beta_slow times in training.
 
+    Raises: ValueError without the length of training.
     Source: YaRN, arXiv 2309.00071, sec. 3.2, rounded outwards as in its code.
     """
+    length = scaling.original_max_position_embeddings
+    if length is None:
+        raise ValueError("original_max_position_embeddings: the ramp needs the length of training")
 
     def pair_that_turns(times: float) -> float:
-        length = scaling.original_max_position_embeddings or 0
         return head_dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(base))
 
-    low = math.floor(pair_that_turns(scaling.beta_fast))
-    high = math.ceil(pair_that_turns(scaling.beta_slow))
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
     return max(low, 0), min(high, head_dim - 1)
 
 

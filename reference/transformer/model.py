@@ -33,7 +33,7 @@ from reference.attention import (
 from reference.attention.dot_product import Mask
 from reference.attention.layer import Attend
 from reference.normalization import RMSNorm
-from reference.positions import apply_rope, attention_factor, rope_frequencies, rope_table
+from reference.positions import attention_factor, rope_frequencies, rope_table, rotation
 from reference.transformer.config import LlamaConfig
 from reference.transformer.token_ids import check_token_ids, has_values
 
@@ -155,7 +155,7 @@ class Llama(nn.Module):
         )
         factor = attention_factor(config.rope_scaling)
         cos, sin = rope_table(positions, frequencies, attention_factor=factor, dtype=dtype)
-        return lambda x: apply_rope(x, cos, sin)
+        return rotation(cos, sin)
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.ndim != 2 or tokens.shape[1] == 0:
