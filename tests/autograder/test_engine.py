@@ -63,7 +63,7 @@ def test_partial_answer_earns_its_checks(grade_function):
 
 def test_prints_are_kept_back_and_shown_bounded(grade_function, capsys):
     def prints_a_lot(x):
-        for i in range(100_000):
+        for i in range(10_000):
             print("line", i)
         return x.mean(1)
 
