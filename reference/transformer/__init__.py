@@ -8,6 +8,7 @@ config           the numbers that make one Llama differ from another
 presets          those of the published models
 parameters       where the parameters are, of Llama and of the models before it
 model            the decoder
+fused            torch's fused kernel, for `attend=`
 loss             the next token's surprise, padding left out
 flops            FLOPs a token, and what share of a machine that is
 checkpoint       folders of config.json and safetensors, as transformers reads and writes them
@@ -23,6 +24,7 @@ from reference.transformer.flops import (
     six_n,
     training_flops_per_token,
 )
+from reference.transformer.fused import fused_causal_attention
 from reference.transformer.huggingface import from_huggingface, to_huggingface
 from reference.transformer.loss import IGNORED, next_token_loss
 from reference.transformer.model import Block, Llama, SequenceCache
@@ -50,6 +52,7 @@ __all__ = [
     "encoder_decoder_parameters",
     "forward_flops",
     "from_huggingface",
+    "fused_causal_attention",
     "gpt_parameters",
     "llama_parameters",
     "load_config",

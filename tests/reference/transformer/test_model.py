@@ -18,6 +18,7 @@ from reference.transformer import (
     Llama,
     LlamaConfig,
     SequenceCache,
+    fused_causal_attention,
     load_pretrained,
     next_token_loss,
     to_huggingface,
@@ -162,15 +163,22 @@ def test_invariant_padding_changes_nothing(side):
     "attend",
     [
         grouped_query_attention,
+        fused_causal_attention,
         lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True),
     ],
-    ids=["grouped", "fused"],
+    ids=["grouped", "fused", "torch"],
 )
 def test_every_kernel_gives_the_same(attend):
     ours, tokens = Llama(TINY).double(), make_tokens()
-    torch.testing.assert_close(
-        ours(tokens, attend=attend), ours(tokens), **TOLERANCE[torch.float64]
-    )
+    close = TOLERANCE[torch.float64]
+    whole = ours(tokens)
+    torch.testing.assert_close(ours(tokens, attend=attend), whole, **close)
+    cache = DynamicCache()
+    pieces = [ours(t, cache=cache, attend=attend) for t in tokens.split([1, 9, 1, 10], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, **close)
+    mask = causal_mask(21) & padding_mask(torch.tensor([21, 5]), 21)
+    expected = ours(tokens, mask=mask)
+    torch.testing.assert_close(ours(tokens, mask=mask, attend=attend), expected, **close)
 
 
 def test_last_logits_alone():
