@@ -572,11 +572,12 @@ def _unscale_then_clip(gradient, scale, max_norm):
 
 @misconception(
     "train_in_float16",
-    "You clip before the scale is taken off. max_norm is meant for true gradients; yours are "
-    "clipped to max_norm / scale, and training crawls.",
+    "Your result is the program's as it came. Train with scale = 1 and with scale = 1024: the "
+    "scale is not allowed to matter, and here it does. Where does it enter?",
     see=CLIP,
+    is_starter=True,
 )
-def clips_scaled_gradients(weight, batches, learning_rates, scale, max_norm):
+def the_loop_is_not_repaired_yet(weight, batches, learning_rates, scale, max_norm):
     return _train(
         weight, batches, learning_rates, scale, max_norm,
         prepare=lambda g, s, m: _clip(g.float(), m) / s,

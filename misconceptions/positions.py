@@ -397,11 +397,12 @@ def _halves(weight, heads):
 
 @misconception(
     "convert_weights",
-    "You reorder W_V as well. RoPE turns queries and keys; values are neither turned nor paired, "
-    "and their order is that which the output projection expects.",
+    "Your result is the program's as it came. What does RoPE do to each of the three matrices' "
+    "results, and which of them does the new layout concern?",
     see=LAYOUTS,
+    is_starter=True,
 )
-def reorders_the_values_too(w_q, w_k, w_v, num_heads, num_kv_heads):
+def the_converter_is_not_repaired_yet(w_q, w_k, w_v, num_heads, num_kv_heads):
     return _halves(w_q, num_heads), _halves(w_k, num_kv_heads), _halves(w_v, num_kv_heads)
 
 
