@@ -36,7 +36,7 @@ SMALL = LlamaConfig(
     num_kv_heads=3,
     max_seq_len=256,
 )
-BATCH, PROMPT, CACHED = 2, 128, 512
+BATCH, PROMPT, CACHED = 4, 128, 512
 
 
 def rows() -> list[Row]:

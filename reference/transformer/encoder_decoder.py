@@ -121,7 +121,7 @@ class EncoderDecoder(nn.Module):
         """The decoder's last layer, before the head."""
         mask = causal_mask(target.shape[1], device=target.device)
         if target_is_real is not None:
-            mask = mask & _of_keys(target_is_real)
+            mask = mask & target_is_real[:, None, None, :]
         y, memory_mask = self._embed(target), _of_keys(source_is_real)
         for layer in self.decoder:
             y = layer(y, memory, mask, memory_mask)
