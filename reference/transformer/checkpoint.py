@@ -62,15 +62,15 @@ def save_pretrained(
     for name, shard in zip(names, shards, strict=True):
         with _replacing(folder / name) as path:
             save_file(shard, path, metadata={"format": "pt"})
-    _remove_older(folder, names)
     if len(shards) > 1:
         where = {t: name for name, shard in zip(names, shards, strict=True) for t in shard}
         size = sum(t.nbytes for t in tensors.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+        names.append(INDEX)
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    _write_json(
-        folder / CONFIG, {**to_huggingface(model.config), "dtype": dtype, **(entries or {})}
-    )
+    config = {**to_huggingface(model.config), "dtype": dtype, **(entries or {})}
+    _write_json(folder / CONFIG, config)
+    _remove_older(folder, names)
 
 
 def load_pretrained(
