@@ -908,11 +908,12 @@ def _clip_alone(max_norm):
 
 @misconception(
     "optimizer_step",
-    "Each tensor is clipped by its own length, and everything decays. Clipping is of the whole "
-    "gradient, so that its direction stays; norms and biases, of one dimension, do not decay.",
+    "Your result is the program's as it came. Give it one matrix and one norm's weight, with "
+    "gradients of length 3 and 4: what should the norm be, and which of the two should decay?",
     see=OPTIMIZER,
+    is_starter=True,
 )
-def clips_each_tensor_and_decays_all(params, grads, lr, weight_decay, max_norm):
+def the_step_is_not_repaired_yet(params, grads, lr, weight_decay, max_norm):
     new, _ = _descend(
         params, grads, lr, weight_decay, max_norm,
         decays=lambda p: True, scale=_clip_alone(max_norm),
