@@ -1,4 +1,4 @@
-# Exercise c54e8dbdd0c4: write your answers below, and leave this line as it is.
+# Exercise bca87d30c942: write your answers below, and leave this line as it is.
 """Chapter 05: transformer."""
 
 import math
@@ -122,18 +122,6 @@ def adamw_step(param, grad, m, v, step, lr, betas=(0.9, 0.95), eps=1e-8, weight_
     Source: arXiv 1711.05101, algorithm 2; with lr in front of the decay, as torch has it.
     """
     raise NotImplementedError("adamw_step: not written yet")
-
-
-def learning_rate(step, peak, warmup_steps, total_steps, final_ratio=0.1):
-    """The rate of one step: a straight climb, half a cosine down, then level.
-
-    step: 0 for the first    returns a float
-
-    Steps 0 ... warmup_steps - 1 climb in equal parts: the first has peak / warmup_steps (not 0: a
-    step without a rate is wasted), the last of them has peak. Step warmup_steps begins the cosine,
-    at peak; step total_steps is its end, at final_ratio * peak, and there it stays.
-    """
-    raise NotImplementedError("learning_rate: not written yet")
 
 
 def optimizer_step(params, grads, lr, weight_decay, max_norm):

@@ -173,26 +173,6 @@ def adamw_step(param, grad, m, v, step, lr, betas=(0.9, 0.95), eps=1e-8, weight_
     # END SOLUTION
 
 
-def learning_rate(step, peak, warmup_steps, total_steps, final_ratio=0.1):
-    """The rate of one step: a straight climb, half a cosine down, then level.
-
-    step: 0 for the first    returns a float
-
-    Steps 0 ... warmup_steps - 1 climb in equal parts: the first has peak / warmup_steps (not 0: a
-    step without a rate is wasted), the last of them has peak. Step warmup_steps begins the cosine,
-    at peak; step total_steps is its end, at final_ratio * peak, and there it stays.
-    """
-    # BEGIN SOLUTION
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    floor = final_ratio * peak
-    if step >= total_steps:
-        return floor
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
-    # END SOLUTION
-
-
 def optimizer_step(params, grads, lr, weight_decay, max_norm):
     """One step of gradient descent with clipping and decay. Repair it.
 

@@ -520,67 +520,6 @@ class TestAdamWStep:
         expect.close(got[0], param * (1 - 0.1 * 0.5), "param")
 
 
-@functools.lru_cache(maxsize=256)
-def _torch_schedule(peak, warmup, total, ratio, num_steps):
-    """The rates of torch's schedulers, one after the other."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], peak)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - warmup, peak * ratio)
-    rates = [peak * (i + 1) / warmup for i in range(warmup)]
-    for _ in range(total - warmup):
-        rates.append(cosine.get_last_lr()[0])
-        optimizer.step()
-        cosine.step()
-    return (rates + [peak * ratio] * num_steps)[:num_steps]
-
-
-@exercise(
-    "learning_rate",
-    kind="build",
-    minutes=10,
-    difficulty=1,
-    see="7. AdamW, schedule, clipping",
-    hints=(
-        "Three pieces, by step: climb, cosine, level. For each, check the value at its first and "
-        "its last step on paper.",
-        "A first step of 0: count steps 1, 2, 3, ... on the climb. A cosine that ends too early: "
-        "its length is total_steps - warmup_steps. Below the floor: scale the cosine between the "
-        "floor and the peak.",
-        "climb: peak (step + 1) / warmup\n"
-        "cosine: p = (step - warmup) / (total - warmup)\n"
-        "        floor + (peak - floor) (1 + cos(pi p)) / 2\n"
-        "from total on: floor",
-    ),
-)
-class TestLearningRate:
-    def _check(self, student, steps, peak, warmup, total, ratio):
-        expected = _torch_schedule(peak, warmup, total, ratio, total + 20)
-        for step in steps:
-            got = student.learning_rate(step, peak, warmup, total, ratio)
-            expect.number(got, expected[step], rel=1e-6, what=f"the rate of step {step}")
-
-    @points(1)
-    def test_climb(self, student, rng):
-        """climbs in equal parts from peak / warmup_steps to peak"""
-        self._check(student, range(10), 3e-4, 10, 100, 0.1)
-
-    @points(2)
-    def test_cosine(self, student, rng):
-        """falls as torch's CosineAnnealingLR does"""
-        warmup = _integer(rng, 5, 30)
-        self._check(student, range(warmup, 100, 7), 1e-3, warmup, 100, 0.2)
-
-    @points(1)
-    def test_end(self, student, rng):
-        """ends at final_ratio of the peak and stays there"""
-        self._check(student, (99, 100, 101, 115), 6e-4, 10, 100, 0.1)
-
-    def test_no_warmup(self, student, rng):
-        """begins at the peak without warm-up"""
-        for step, expected in ((0, 2.0), (5, 1.0), (10, 0.0)):
-            got = student.learning_rate(step, 2.0, 0, 10, 0.0)
-            expect.number(got, expected, what=f"the rate of step {step}")
-
-
 def _sgd_oracle(params, grads, lr, decay, max_norm):
     """torch's own clipping, and SGD on two groups."""
     leaves = {name: nn.Parameter(p.clone()) for name, p in params.items()}
