@@ -13,6 +13,11 @@ loss             the next token's surprise, padding left out
 flops            FLOPs a token, and what share of a machine that is
 checkpoint       folders of config.json and safetensors, as transformers reads and writes them
 huggingface      the configuration in transformers' words
+tokenizer        text to ids: byte-level BPE
+optimizer        AdamW, clipping        schedule   the learning rate over a run
+training         batches, steps, checkpoint and resume
+sampling         from logits to tokens
+course_model     a small trained Llama that later chapters use
 encoder_decoder  the transformer of 2017
 """
 

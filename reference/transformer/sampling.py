@@ -1,0 +1,108 @@
+"""From logits to a token: greedy, or by lot from a distribution that is cut to its likely part.
+
+    temperature   divide the logits: below 1 sharper, above 1 flatter
+    top-k         only the k most likely tokens
+    top-p         only the smallest set of most likely tokens whose probabilities reach p
+
+in this order, and what is left is renormalised.
+
+Shapes: B batch, T tokens, V vocabulary.
+Papers: top-k, 1805.04833, sec. 5.4; top-p (nucleus), 1904.09751, sec. 3.1.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Model = Callable[[Tensor], Tensor]
+
+
+def filter_logits(
+    logits: Float[Tensor, "*B V"],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Float[Tensor, "*B V"]:
+    """Logits divided by the temperature, with -inf for all tokens that are cut off.
+
+    At least one token is kept. Tokens as likely as the k-th are kept as well.
+
+    Raises: ValueError for a temperature or top_k that is not positive, or a top_p outside (0, 1].
+    """
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature: expected more than 0, got {temperature}; greedy choice is top_k=1"
+        )
+    logits = logits / temperature
+    if top_k is not None:
+        if top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {top_k}")
+        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p is not None:
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p: expected a value in (0, 1], got {top_p}")
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        is_cut = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(is_cut, -torch.inf)
+    return logits
+
+
+def sample(
+    logits: Float[Tensor, "B V"],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, " B"]:
+    """One token a row, drawn with the filtered probabilities.
+
+    Raises: as `filter_logits`.
+    """
+    kept = filter_logits(logits.float(), temperature=temperature, top_k=top_k, top_p=top_p)
+    return torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def greedy(logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
+    """The most likely token of each row."""
+    return logits.argmax(-1)
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    prompt: Int[Tensor, "B T"],
+    num_tokens: int,
+    *,
+    choose: Callable[[Tensor], Tensor] = greedy,
+    context: int | None = None,
+    stop: int | None = None,
+) -> Int[Tensor, "B S"]:
+    """The prompt and up to `num_tokens` more, each chosen from the model's last logits.
+
+    Everything is computed anew for each token, which chapter 06 mends. With `context` the model
+    sees the last so many tokens. Generation ends early when every row has chosen `stop`.
+
+    Raises: ValueError for an empty prompt; the model refuses more tokens than its context.
+    """
+    if prompt.ndim != 2 or prompt.shape[1] == 0:
+        raise ValueError(
+            f"prompt: expected (B, T) with at least one token, got {tuple(prompt.shape)}"
+        )
+    tokens, is_done = prompt, torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    for _ in range(num_tokens):
+        seen = tokens if context is None else tokens[:, -context:]
+        chosen = choose(model(seen)[:, -1])
+        if stop is not None:
+            chosen = chosen.masked_fill(is_done, stop)
+            is_done = is_done | (chosen == stop)
+        tokens = torch.cat((tokens, chosen[:, None]), 1)
+        if stop is not None and bool(is_done.all()):
+            break
+    return tokens

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from transformers import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from reference.transformer.sampling import filter_logits, generate, greedy, sample
+
+
+def logits(rows=6, vocabulary=50, seed=0):
+    return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
+        ({"top_k": 5}, [TopKLogitsWarper(5)]),
+        ({"top_p": 0.8}, [TopPLogitsWarper(0.8)]),
+        (
+            {"temperature": 1.3, "top_k": 20, "top_p": 0.9},
+            [TemperatureLogitsWarper(1.3), TopKLogitsWarper(20), TopPLogitsWarper(0.9)],
+        ),
+    ],
+    ids=str,
+)
+def test_matches_transformers(ours, theirs):
+    for seed in range(20):
+        x = expected = logits(seed=seed)
+        for warper in theirs:
+            expected = warper(None, expected)
+        assert torch.equal(filter_logits(x, **ours), expected)
+
+
+def test_invariant_something_is_always_kept():
+    for options in ({"top_p": 1e-9}, {"top_k": 1}, {"top_k": 10_000}, {"top_p": 1.0}):
+        kept = filter_logits(logits(), **options).isfinite().sum(-1)
+        assert (kept >= 1).all()
+    assert (filter_logits(logits(), top_p=1e-9).isfinite().sum(-1) == 1).all()
+
+
+def test_samples_follow_the_distribution():
+    x = torch.tensor([0.1, 0.2, 0.7]).log().expand(20_000, 3)
+    counts = sample(x, generator=torch.Generator().manual_seed(0)).bincount(minlength=3)
+    # five standard errors of a share of 0.7 among 20,000
+    assert torch.allclose(counts / 20_000, torch.tensor([0.1, 0.2, 0.7]), atol=0.016)
+
+
+def test_seeds_repeat():
+    draws = [sample(logits(), generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def successor(tokens):
+    """A model that is certain of token + 1, of 10."""
+    return torch.nn.functional.one_hot((tokens + 1) % 10, 10).float() * 50
+
+
+def test_generates_one_token_at_a_time():
+    out = generate(successor, torch.tensor([[3, 4], [8, 9]]), 3)
+    assert out.tolist() == [[3, 4, 5, 6, 7], [8, 9, 0, 1, 2]]
+
+
+def test_stops_where_all_have_stopped():
+    out = generate(successor, torch.tensor([[5], [3]]), 10, stop=6)
+    assert out.tolist() == [[5, 6, 6, 6], [3, 4, 5, 6]]
+
+
+def test_shows_the_model_its_context():
+    lengths = []
+
+    def model(tokens):
+        lengths.append(tokens.shape[1])
+        return successor(tokens)
+
+    generate(model, torch.tensor([[1, 2]]), 4, context=3)
+    assert lengths == [2, 3, 3, 3]
+    assert greedy(torch.tensor([[0.0, 2.0]])).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": 0.0}, "greedy choice is top_k=1"),
+        ({"temperature": -1.0}, "temperature: expected more than 0"),
+        ({"top_k": 0}, "top_k: expected at least 1"),
+        ({"top_p": 0.0}, r"top_p: expected a value in \(0, 1\]"),
+        ({"top_p": 1.5}, "got 1.5"),
+    ],
+)
+def test_rejects_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        filter_logits(logits(), **options)
+
+
+def test_rejects_an_empty_prompt():
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(successor, torch.zeros(1, 0, dtype=torch.long), 3)
