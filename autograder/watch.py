@@ -3,13 +3,15 @@
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from watchfiles import watch as watch_files
 
+from autograder.engine import grade_namespace
 from autograder.results import PASSED, ExerciseResult
 from autograder.terminal import UNATTEMPTED, print_details, status_table
 from autograder.worker import grade_file_safely
-from autograder.workspace import chapter_stems, load_chapter
+from autograder.workspace import Chapter, chapter_stems, load_chapter
 
 
 def watch(root: Path, answers: str, console: Console, hint: int = 0) -> int:
@@ -19,7 +21,7 @@ def watch(root: Path, answers: str, console: Console, hint: int = 0) -> int:
     """
     stems = chapter_stems(root)
     for stem in stems:
-        load_chapter(root, stem)
+        warm_up(load_chapter(root, stem))
     console.print(f"Watching {answers}/ for {', '.join(stems)}. Ctrl-C ends.")
     try:
         for changes in watch_files(root / answers, debounce=100, step=10, recursive=False):
@@ -31,6 +33,20 @@ def watch(root: Path, answers: str, console: Console, hint: int = 0) -> int:
     except KeyboardInterrupt:
         pass
     return 0
+
+
+def warm_up(chapter: Chapter) -> None:
+    """Grade one right answer of the catalogue for each exercise, here in the parent.
+
+    A forked child inherits what torch and the graders set up at their first use; without it, each
+    save would pay for that again.
+    """
+    torch.set_num_threads(1)
+    answers = {a.exercise: a.implementation for a in chapter.alternatives}
+    for exercise in chapter.exercises:
+        if exercise.name in answers and not exercise.through:
+            namespace = {exercise.name: answers[exercise.name]}
+            grade_namespace(chapter, exercise, namespace, None, source="the catalogue")
 
 
 def regrade(root: Path, answers: str, stem: str) -> list[ExerciseResult]:
