@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# autograd.grad imports it when it is first called: half a second of some later check.
+import torch.fx.experimental.symbolic_shapes  # noqa: F401
+
 from autograder.declarations import RUNGS
 from autograder.engine import grade, grade_namespace
 from autograder.refusals import Refusal
