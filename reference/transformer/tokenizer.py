@@ -9,7 +9,8 @@ again. A regular expression cuts the text into words first, and no merge crosses
     decode   put the bytes together; what is no UTF-8 becomes the replacement character
 
 Ids: special tokens, then the 256 bytes in the order of GPT-2's alphabet, then the merges. The same
-merges and ids as the `tokenizers` library.
+merges and ids as the `tokenizers` library, but for special tokens that are plain words: where
+training spells one, it is a token of its own here, so that text never becomes special unasked.
 
 Papers: BPE for words, 1508.07909, sec. 3.2; on bytes, with this cut: GPT-2 (Radford et al. 2019),
 sec. 2.2.
@@ -35,12 +36,14 @@ ALPHABET = [*PRINTABLE, *(b for b in range(256) if b not in set(PRINTABLE))]
 class Tokenizer:
     """A vocabulary: special tokens and merges, in the order of their ids.
 
-    Raises: ValueError for merges of ids that do not exist yet.
+    Raises: ValueError for merges of ids that do not exist yet, and for special tokens that are
+    empty, single bytes or twice there; TypeError for special tokens that are no strings.
     """
 
     def __init__(
         self, merges: Iterable[Sequence[int]], special_tokens: Sequence[str] = (END,)
     ) -> None:
+        _check_special_tokens(special_tokens)
         self.special_tokens = tuple(special_tokens)
         first = len(self.special_tokens)
         self.pieces = [s.encode() for s in self.special_tokens]
@@ -88,7 +91,7 @@ class Tokenizer:
         return cls(merges, special_tokens)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of a text. Special tokens in it are text unless they are allowed.
+        """Ids of a text. Special tokens in it are text unless allowed; the longest that fits wins.
 
         Raises: TypeError for anything but a string.
         """
@@ -96,7 +99,8 @@ class Tokenizer:
             raise TypeError(f"text: expected a string, got {type(text).__name__}")
         if not allow_special or not self.special_tokens:
             return [i for word in WORD.findall(text) for i in self._encode_word(word)]
-        pattern = "(" + "|".join(regex.escape(s) for s in self.special_tokens) + ")"
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        pattern = "(" + "|".join(regex.escape(s) for s in longest_first) + ")"
         found: list[int] = []
         for part in regex.split(pattern, text):
             if part in self.special_tokens:
@@ -150,6 +154,15 @@ class Tokenizer:
             raise ValueError(f"{path}: expected a file of Tokenizer.save ({error})") from error
 
 
+def _check_special_tokens(special_tokens: Sequence[str]) -> None:
+    if isinstance(special_tokens, str) or not all(isinstance(s, str) for s in special_tokens):
+        raise TypeError(f"special_tokens: expected strings in a tuple, got {special_tokens!r}")
+    if any(len(s.encode()) < 2 for s in special_tokens):
+        raise ValueError(f"special_tokens: expected two bytes or more, got {special_tokens!r}")
+    if len(set(special_tokens)) < len(special_tokens):
+        raise ValueError(f"special_tokens: expected each once, got {special_tokens!r}")
+
+
 def merge(ids: Sequence[int], pair: Pair, new_id: int) -> list[int]:
     """Replace each occurrence of the pair, from left to right."""
     merged, i = [], 0
@@ -167,7 +180,7 @@ def _learn(
     words: list[list[int]], counts: list[int], tokenizer: Tokenizer, vocab_size: int
 ) -> list[Pair]:
     """Merges in their order. Only words that hold a merged pair are looked at again."""
-    known = {piece: i for i, piece in enumerate(tokenizer.pieces)}
+    known = {bytes([byte]): i for byte, i in tokenizer.byte_ids.items()}
     pieces, merges = list(tokenizer.pieces), []
     pairs: Counter[Pair] = Counter()
     where: defaultdict[Pair, set[int]] = defaultdict(set)

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -33,6 +35,12 @@ def test_matches_the_vocabulary_of_tokenizers(theirs):
         assert OURS.decode([i]) == theirs.decoder.decode([vocabulary[i]])
 
 
+def test_matches_the_merges_of_tokenizers(theirs):
+    letters = theirs.get_vocab()
+    expected = json.loads(theirs.to_str())["model"]["merges"]
+    assert OURS.merges == [(letters[left], letters[right]) for left, right in expected]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -64,6 +72,16 @@ def test_special_tokens_are_text_unless_allowed():
     ids = OURS.encode(text, allow_special=True)
     assert ids.count(0) == 1 and OURS.decode(ids) == text
     assert ids == [*OURS.encode("one"), 0, *OURS.encode("two")]
+
+
+def test_the_longest_special_token_wins():
+    assert Tokenizer([], ("ab", "abc")).encode("abcab", allow_special=True) == [1, 0]
+
+
+def test_a_learned_word_is_not_the_special_token_of_its_letters():
+    learned = Tokenizer.train("ab\nab\nabc abc", vocab_size=260, special_tokens=("ab",))
+    assert learned.vocab_size == 260 and 0 not in learned.encode("ab abc ab")
+    assert learned.encode("ab", allow_special=True) == [0] != learned.encode("ab")
 
 
 def test_half_a_letter_becomes_the_replacement_character():
@@ -103,6 +121,8 @@ def test_rejects_files(tmp_path):
         "{}",
         "[]",
         '{"merges": [[1, 999]], "special_tokens": []}',
+        '{"merges": [], "special_tokens": [1]}',
+        '{"merges": [], "special_tokens": "abc"}',
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match="expected a file of Tokenizer.save"):
@@ -118,3 +138,11 @@ def test_rejects_sizes_ids_and_types():
         OURS.decode([-1])
     with pytest.raises(TypeError, match="expected a string, got bytes"):
         OURS.encode(b"x")
+
+
+@pytest.mark.parametrize("special_tokens", [("",), ("e",), ("ab", "ab")])
+def test_rejects_special_tokens(special_tokens):
+    with pytest.raises(ValueError, match="special_tokens: expected"):
+        Tokenizer([], special_tokens)
+    with pytest.raises(TypeError, match="expected strings in a tuple"):
+        Tokenizer([], "abc")
