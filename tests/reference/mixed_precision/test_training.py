@@ -48,9 +48,9 @@ def test_half_precision_follows_float32(dtype):
         model, x = regression(kind)
         master = MasterWeights(model)
         optimizer = torch.optim.AdamW(master.parameters, lr=0.01)
+        scaler = LossScaler(init_scale=1024.0)
         reports = [
-            mixed_precision_step(loss_of(model, x), master, optimizer, LossScaler(init_scale=1024.0))
-            for _ in range(50)
+            mixed_precision_step(loss_of(model, x), master, optimizer, scaler) for _ in range(50)
         ]
         losses[kind] = [r.loss for r in reports]
         assert all(r.has_stepped for r in reports)

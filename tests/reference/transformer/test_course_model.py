@@ -1,6 +1,7 @@
 import math
 
 import torch
+
 from reference.pretrained import corpus
 from reference.transformer import llama_parameters, next_token_loss
 from reference.transformer.course_model import (
