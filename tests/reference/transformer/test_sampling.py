@@ -24,7 +24,7 @@ def logits(rows=6, vocabulary=50, seed=0):
             [TemperatureLogitsWarper(1.3), TopKLogitsWarper(20), TopPLogitsWarper(0.9)],
         ),
     ],
-    ids=str,
+    ids=["temperature", "top_k", "top_p", "all three"],
 )
 def test_matches_transformers(ours, theirs):
     for seed in range(20):
