@@ -9,19 +9,21 @@ LAB    ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 MODEL  := .cache/smollm2-135m/model.safetensors
+ORACLES := .cache/oracles/torchao/__init__.py
 JOBS   := 2
 FLAGS  := $(if $(FORCE),--force)
 
 step = @printf '\n== %s\n' "$(1)"
 
 .PHONY: help lab test lint types layers exercises-check notebooks-check tests shapes \
-        notebooks-test model notebooks exercises slides bench clean
+        notebooks-test model oracles notebooks exercises slides bench clean
 
 help:
 	@printf '%s\n' \
 	  'make lab         open the course in JupyterLab; LAB="--no-browser --port 9999"' \
 	  'make test        all checks of the course itself, as in CI' \
 	  'make model       fetch SmolLM2-135M (90 MB, once)' \
+	  'make oracles     fetch torchao (once), which some tests compare with' \
 	  'make exercises   solutions/ -> exercises/; FORCE=1 replaces edited ones, with a backup' \
 	  'make notebooks   notebooks/src/ -> notebooks/; NB="01_normalization ..." FORCE=1' \
 	  'make slides      notebooks/ -> slides/; NB="..."' \
@@ -38,7 +40,14 @@ $(MODEL): | $(READY)
 	$(call step,Fetching SmolLM2-135M)
 	$(BIN)/python -m tools.fetch_model
 
+# A production library that only tests compare with; in .venv it would slow each import of transformers.
+$(ORACLES): | $(READY)
+	$(call step,Fetching torchao)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target .cache/oracles torchao==0.18.0
+
 model: $(MODEL)
+oracles: $(ORACLES)
 
 # Without a network the course still opens; chapters that need the model then say so.
 lab: $(READY)
@@ -71,14 +80,14 @@ notebooks-check: $(READY)
 
 tests: export OMP_NUM_THREADS := 1
 tests: export HF_HUB_OFFLINE := 1
-tests: $(READY) $(MODEL)
+tests: $(READY) $(MODEL) $(ORACLES)
 	$(call step,Tests)
 	$(BIN)/python -m pytest tests -q -n $(JOBS) --dist worksteal
 
 # Left out: refusals, which the checker would make first, and Triton, which compiles plain functions.
 shapes: export OMP_NUM_THREADS := 1
 shapes: export HF_HUB_OFFLINE := 1
-shapes: $(READY) $(MODEL)
+shapes: $(READY) $(MODEL) $(ORACLES)
 	$(call step,Tests of the reference again: shapes and types of every call checked)
 	$(BIN)/python -m pytest tests/reference -q -n $(JOBS) --dist worksteal -k "not rejects and not triton" \
 	  --jaxtyping-packages=reference,beartype.beartype
