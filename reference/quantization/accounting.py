@@ -49,17 +49,17 @@ QLORA_BITS = bits_per_parameter(scale_bits=8, outer_block_size=256)
 class FineTuningBytes(NamedTuple):
     """Bytes that training holds all the time, without activations."""
 
-    weights: float
-    adapters: float
-    gradients: float
-    optimizer: float
+    weights: int | float
+    adapters: int | float
+    gradients: int | float
+    optimizer: int | float
 
     @property
-    def total(self) -> float:
+    def total(self) -> int | float:
         return sum(self)
 
 
-def full_fine_tuning_bytes(num_parameters: float) -> FineTuningBytes:
+def full_fine_tuning_bytes(num_parameters: int | float) -> FineTuningBytes:
     """16-bit weights and gradients, Adam's two moments in float32. Source: 2305.14314, abstract."""
     gradients = BYTES_16_BIT * num_parameters
     return FineTuningBytes(
@@ -68,7 +68,10 @@ def full_fine_tuning_bytes(num_parameters: float) -> FineTuningBytes:
 
 
 def adapter_fine_tuning_bytes(
-    num_parameters: float, num_adapter_parameters: float, *, weight_bits: float = 16.0
+    num_parameters: int | float,
+    num_adapter_parameters: int | float,
+    *,
+    weight_bits: int | float = 16,
 ) -> FineTuningBytes:
     """Frozen weights at `weight_bits`, adapters in 16 bits that alone have gradients and moments.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 Granularity = Literal["tensor", "channel"] | int
@@ -30,7 +30,7 @@ class IntegerTensor:
     here: `packing.pack` puts two of 4 bits into one.
     """
 
-    codes: Int[Tensor, "... D"]
+    codes: Int8[Tensor, "... D"] | UInt8[Tensor, "... D"]
     scale: Float[Tensor, "..."]
     zero_point: Float[Tensor, "..."] | None
     bits: int

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 
-def pack(codes: UInt8[Tensor, "... 2n"]) -> UInt8[Tensor, "... n"]:
+def pack(codes: UInt8[Tensor, "... codes"]) -> UInt8[Tensor, "... bytes"]:
     """Half as many bytes as codes.
 
     Raises: TypeError for a dtype other than uint8; ValueError for an odd number or codes over 15.
@@ -27,7 +27,7 @@ def pack(codes: UInt8[Tensor, "... 2n"]) -> UInt8[Tensor, "... n"]:
     return (codes[..., ::2] << 4) | codes[..., 1::2]
 
 
-def unpack(packed: UInt8[Tensor, "... n"]) -> UInt8[Tensor, "... 2n"]:
+def unpack(packed: UInt8[Tensor, "... bytes"]) -> UInt8[Tensor, "... codes"]:
     """The codes again, twice as many as bytes.
 
     Raises: TypeError for a dtype other than uint8.
