@@ -79,7 +79,7 @@ def six_n(config: LlamaConfig) -> int:
 
 
 def model_flops_utilization(
-    *, tokens_per_second: float, flops_per_token: float | int, peak_flops_per_second: float
+    *, tokens_per_second: float, flops_per_token: float, peak_flops_per_second: float
 ) -> float:
     """MFU: the share of the peak that the model's own arithmetic makes use of.
 

@@ -7,7 +7,7 @@ torch.distributed.
 
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from reference.parallel.ranks.calls import Call, Group
 from reference.parallel.ranks.clock import Clock
@@ -15,6 +15,7 @@ from reference.parallel.ranks.collectives import check_agreement, combine, deliv
 from reference.parallel.ranks.scheduler import Baton
 
 
+@runtime_checkable
 class Transport(Protocol):
     """Starts an operation, and later waits for its result to be in `call.out`.
 

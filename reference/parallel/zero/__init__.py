@@ -1,0 +1,49 @@
+"""ZeRO and FSDP: data parallelism in which no rank holds what another holds as well.
+
+    zero = Zero(model, comm, stage=2)              fsdp = FSDP(model, comm, model.layers)
+    loss_of(model, rows).backward()                optimizer = AdamW(fsdp.parameters())
+    zero.step()                                    loss_of(fsdp, rows).backward()
+                                                   optimizer.step()
+
+memory      what each stage keeps and sends, in closed form; which stage fits
+flat        many tensors as one vector in N parts
+stages      ZeRO 1 and 2, and plain data parallelism as stage 0; offload to the host
+unit, fsdp  stage 3: gather, compute, forget; prefetch, mixed precision, hybrid sharding
+reduction   one gradient buffer at a time; the norm of what nobody holds whole
+checkpoint  written by N ranks, read by M
+
+Letters: P parameters (or elements of a unit's vector), N ranks, n = P/N a rank's part.
+"""
+
+from reference.parallel.zero.checkpoint import load_sharded, save_sharded
+from reference.parallel.zero.flat import FlatLayout, layout_of
+from reference.parallel.zero.fsdp import FSDP, MixedPrecision
+from reference.parallel.zero.memory import (
+    ADAM_BYTES,
+    STAGES,
+    ModelStates,
+    cross_host_bytes,
+    elements_sent,
+    model_states_bytes,
+    smallest_stage,
+)
+from reference.parallel.zero.reduction import clip_shards
+from reference.parallel.zero.stages import Zero
+
+__all__ = [
+    "ADAM_BYTES",
+    "FSDP",
+    "STAGES",
+    "FlatLayout",
+    "MixedPrecision",
+    "ModelStates",
+    "Zero",
+    "clip_shards",
+    "cross_host_bytes",
+    "elements_sent",
+    "layout_of",
+    "load_sharded",
+    "model_states_bytes",
+    "save_sharded",
+    "smallest_stage",
+]
