@@ -1,0 +1,169 @@
+# Exercise 732ab8ef269c: write your answers below, and leave this line as it is.
+"""Chapter 09: quantisation."""
+
+import torch
+
+
+def quantize_groups(weight, bits, group_size):
+    """Integer codes with a scale and a zero point for each group of neighbours in a row.
+
+    weight: (N, D) floats    group_size: divides D; G = D / group_size
+    returns (codes, scale, zero_point): uint8 (N, D), float32 (N, G), uint8 (N, G)
+
+    The codes 0 ... 2^bits - 1 span a group from min(smallest, 0) to max(largest, 0), so that 0 can
+    be told exactly: scale = (high - low) / (2^bits - 1), zero_point is the code of 0, rounded to
+    the nearest integer, and a number's code is round(x / scale) + zero_point, clamped to the
+    codes there are. A group of zeros has scale 1 and zero point 0. Compute in float32;
+    torch.round rounds halves to even, which is meant.
+
+    What it stands for is scale * (code - zero_point).
+
+    Source: LLM.int8(), arXiv 2208.07339, sec. 2.1.
+    """
+    raise NotImplementedError("quantize_groups: not written yet")
+
+
+def normal_float(bits, offset):
+    """The levels of a NormalFloat of `bits` bits: quantiles of the normal distribution.
+
+    returns (2^bits,) float64, ascending from -1 to 1
+
+    Negative side: 2^(bits-1) - 1 levels, at the probabilities that divide 1 - offset ... 0.5 into
+    as many even steps (0.5 itself is not one of them). Then 0. Positive side: 2^(bits-1) levels, at
+    the probabilities that divide 0.5 ... offset into as many even steps, 0.5 again left out. Each
+    level is the quantile of its probability (torch.special.ndtri), and all are divided by the
+    largest. bits = 4 and offset = 0.9677083 give NF4.
+
+    Source: QLoRA, arXiv 2305.14314, App. E; bitsandbytes, create_normal_map.
+    """
+    raise NotImplementedError("normal_float: not written yet")
+
+
+def quantize_blocks(x, levels, block_size):
+    """4-bit storage: the index of the nearest level for each number, two in a byte.
+
+    x: any shape; its numbers, in order of memory, make blocks of block_size (even), which divides
+    their count    levels: (16,) ascending, from -1 to 1
+    returns (packed, absmax): uint8 (count / 2,) and float32 (count / block_size,)
+
+    A block's absmax is its largest absolute value; a number's code is the index of the level
+    nearest to number / absmax. The first of two neighbours takes the high four bits of the byte. In
+    a block of zeros every code is that of the level nearest to 0. x may be float16 or bfloat16:
+    compute in float32. Do not build a tensor of 16 values for each number.
+
+    Source: QLoRA, arXiv 2305.14314, sec. 2 and 3.
+    """
+    raise NotImplementedError("quantize_blocks: not written yet")
+
+
+def qlora_bytes(matrices, rank, block_size=64, outer_block_size=256):
+    """What fine-tuning by QLoRA holds all the time, in bytes: a dict of integers.
+
+    matrices: [(N, D, count), ...], the linear layers: count of them have a weight of N x D, whose
+    size block_size divides. Each is stored by itself: codes of 4 bits; and one scale a block, which
+    double quantisation keeps in 8 bits, with one float32 for each outer block of outer_block_size
+    scales (the last may be shorter) and one float32 mean a matrix. With outer_block_size None there
+    is no double quantisation: the scales are float32, and nothing else is kept.
+    Each has an adapter of `rank`, A (rank, D) and B (N, rank), in 16 bits, with gradients in 16
+    bits and Adam's two moments in 32 bits each.
+
+    {"codes", "scales", "adapters", "gradients", "optimizer"}; "scales" is all but the codes of the
+    stored weights.
+
+    Source: QLoRA, arXiv 2305.14314, sec. 3.
+    """
+    raise NotImplementedError("qlora_bytes: not written yet")
+
+
+def dequantize_blocks(packed, absmax, levels):
+    """Given: the numbers that `quantize_blocks` stored, in a row, float32."""
+    codes = torch.stack([packed >> 4, packed & 15], -1).flatten().int()
+    return (levels.float()[codes].view(len(absmax), -1) * absmax[:, None]).flatten()
+
+
+def qlora_backward(grad_y, x, packed, absmax, levels, lora_A, lora_B, scaling):
+    """The backward pass of QLoRA's layer, by hand: what autograd must be told for each input.
+
+        y = x W^T + scaling * (x A^T) B^T        W = dequantised, N x D
+
+    grad_y: (S, N)    x: (S, D)    packed, absmax: W's storage, row after row, as `quantize_blocks`
+    made it    lora_A: (r, D)    lora_B: (N, r)
+    returns (grad_x, grad_packed, grad_absmax, grad_A, grad_B): one entry for each input, None for
+    what is frozen. `dequantize_blocks` is given.
+
+    Source: QLoRA, arXiv 2305.14314, sec. 3, eq. 5 and 6; LoRA, arXiv 2106.09685, eq. 3.
+    """
+    raise NotImplementedError("qlora_backward: not written yet")
+
+
+def paged_states(budget, events):
+    """A paged optimizer's pages over a step: which move, and when. Repair it.
+
+    budget: how many pages' worth of memory the device has
+    events, in order: ("touch", page), the optimizer updates a page, which must be on the device;
+    ("reserve", n), activations take n pages' worth; ("release", n), they give it back
+    returns {"faults": int, "evictions": int, "resident": [page, ...]}
+
+    At first every page is on the host. Touching a page that is on the host is a fault: it is copied
+    in. Where there is no room, pages are evicted, one by one, the least recently touched first, and
+    only as many as are needed. A release moves nothing: a page comes back when it is touched.
+    "resident" lists the pages on the device at the end, the least recently touched first. Room
+    always suffices for what the events ask. The program below was meant to do this.
+
+    Source: QLoRA, arXiv 2305.14314, sec. 3, "Paged Optimizers".
+    """
+    resident, reserved, faults, evictions = [], 0, 0, 0
+    for kind, number in events:
+        if kind == "release":
+            reserved -= number
+        elif kind == "reserve":
+            evictions += len(resident)
+            resident = []
+            reserved += number
+        elif number not in resident:
+            while len(resident) + reserved + 1 > budget:
+                resident.pop(0)
+                evictions += 1
+            faults += 1
+            resident.append(number)
+    return {"faults": faults, "evictions": evictions, "resident": resident}
+
+
+def round_groups(weight, bits, group_size):
+    """Given: weight rounded to 2^bits - 1 even levels around zero, a scale a group of a row."""
+    groups = weight.unflatten(1, (-1, group_size))
+    largest = 2 ** (bits - 1) - 1
+    scale = groups.abs().amax(-1, keepdim=True) / largest
+    scale = torch.where(scale == 0, 1.0, scale)
+    return ((groups / scale).round() * scale).flatten(1)
+
+
+def awq(weight, x, bits, group_size, num_alphas):
+    """Activation-aware weight quantisation of one linear layer: (stored, scale).
+
+    weight: (N, D)    x: (S, D), calibration inputs    stored: (N, D)    scale: (D,)
+
+    The layer that is left computes (x / scale) stored^T with stored = Q(weight * scale), where Q is
+    `round_groups` (given). scale = m^alpha / sqrt(max(m^alpha) * min(m^alpha)), m the mean absolute
+    value of each input channel over x, at least 1e-4. alpha is the one of 0, 1/n, ..., (n - 1)/n,
+    n = num_alphas, for which the layer's outputs on x have the smallest mean squared error against
+    those of the weight itself; the smaller alpha where two are equal.
+
+    Source: AWQ, arXiv 2306.00978, sec. 3.2, eq. 4 and 5.
+    """
+    raise NotImplementedError("awq: not written yet")
+
+
+def tiled_linear(x, packed, absmax, levels, num_rows, tile_rows):
+    """x W^T for a W in 4-bit storage, of which never more than a tile is unpacked.
+
+    x: (S, D)    packed, absmax, levels: W (num_rows, D), as `quantize_blocks` stored it, row after
+    row: blocks know nothing of rows, so that a row may begin in the middle of one. D is even
+    returns (S, num_rows) in the dtype of x
+
+    Work through tile_rows rows of W at a time (the last tile may be shorter). Besides
+    the output, no tensor may be larger than eight bytes for each number of the blocks of a tile.
+
+    Source: QLoRA, arXiv 2305.14314, sec. 3: "dequantize", then multiply.
+    """
+    raise NotImplementedError("tiled_linear: not written yet")
