@@ -70,8 +70,8 @@ def search_scale(
     for i in range(num_alphas):
         alpha = i / num_alphas
         scale = scale_of(magnitude, alpha)
-        error = target - F.linear(x / scale, rounding(weight * scale))
-        losses.append(error.square().mean().item())
+        loss = F.mse_loss(F.linear(x / scale, rounding(weight * scale)), target)
+        losses.append(loss.item())
         if losses[-1] < best[0]:
             best = losses[-1], alpha, scale
     return ScaleSearch(best[2], best[1], losses)
@@ -144,7 +144,7 @@ def _check(weight: Tensor, x: Tensor, num_alphas: int) -> None:
             f"x: expected one or more tokens of {weight.shape[1]} channels, got shape "
             f"{tuple(x.shape)}"
         )
-    if not (bool(torch.isfinite(x).all()) and bool(torch.isfinite(weight).all())):
+    if not all(bool(torch.isfinite(torch.stack(t.aminmax())).all()) for t in (x, weight)):
         raise ValueError("x, weight: expected finite values, got inf or nan")
     if num_alphas < 1:
         raise ValueError(f"num_alphas: expected at least 1, got {num_alphas}")

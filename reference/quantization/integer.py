@@ -57,7 +57,8 @@ def quantize_absmax(
     wide = _check(x, bits, granularity)
     groups = _share(wide, granularity)
     largest_code = 2 ** (bits - 1) - 1
-    scale = groups.abs().amax(-1) / largest_code
+    low, high = groups.aminmax(dim=-1)
+    scale = _finite(torch.maximum(high, -low)) / largest_code
     codes = _divide(groups, scale).round_().clamp_(-largest_code, largest_code)
     return IntegerTensor(codes.to(torch.int8).reshape(x.shape), scale, None, bits, x.dtype)
 
@@ -76,8 +77,9 @@ def quantize_zero_point(
     wide = _check(x, bits, granularity)
     groups = _share(wide, granularity)
     largest_code = 2**bits - 1
-    low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
-    scale = (high - low) / largest_code
+    low, high = groups.aminmax(dim=-1)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = _finite(high - low) / largest_code
     zero_point = -_divide(low[..., None], scale)[..., 0].round_()
     codes = _divide(groups, scale).round_().add_(zero_point[..., None]).clamp_(0, largest_code)
     return IntegerTensor(codes.to(torch.uint8).reshape(x.shape), scale, zero_point, bits, x.dtype)
@@ -99,8 +101,8 @@ def dequantize_integer(quantized: IntegerTensor) -> Float[Tensor, "... D"]:
     values = codes.to(quantized.scale.dtype)
     groups = values if quantized.scale.ndim == 0 else _split(values, quantized.scale.shape[-1])
     if quantized.zero_point is not None:
-        groups = groups - _spread(quantized.zero_point)
-    return (groups * _spread(quantized.scale)).reshape(codes.shape).to(quantized.dtype)
+        groups.sub_(_spread(quantized.zero_point))
+    return groups.mul_(_spread(quantized.scale)).reshape(codes.shape).to(quantized.dtype)
 
 
 def round_to_nearest(
@@ -138,6 +140,13 @@ def _divide(groups: Tensor, scale: Tensor) -> Tensor:
     return groups / torch.where(scale == 0, 1, scale)[..., None]
 
 
+def _finite(extent: Tensor) -> Tensor:
+    """The extent of each group, where inf or nan among its numbers shows."""
+    if not bool(torch.isfinite(extent).all()):
+        raise ValueError("x: expected finite values, got inf or nan; find the layer that made them")
+    return extent
+
+
 def _check(x: Tensor, bits: int, granularity: Granularity) -> Tensor:
     """x in float32 at least, after the checks that every quantiser shares."""
     if not x.is_floating_point():
@@ -156,6 +165,4 @@ def _check(x: Tensor, bits: int, granularity: Granularity) -> Tensor:
             f"granularity: expected a positive group size that divides {x.shape[-1]}, got "
             f"{granularity}"
         )
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError("x: expected finite values, got inf or nan; find the layer that made them")
     return x.to(torch.promote_types(x.dtype, torch.float32))
