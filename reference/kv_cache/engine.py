@@ -1,0 +1,90 @@
+"""A scheduler's steps on a model: continuous batching, and static batching to compare with.
+
+Prefills go through the model one by one, for their lengths differ; then all running sequences
+decode one token together, each from its own blocks at its own position.
+
+Sources: Orca (OSDI 2022), sec. 3 and 4; vLLM, arXiv 2309.06180, sec. 4.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from reference.kv_cache.generation import CachedModel, generate
+from reference.kv_cache.paged import PagedCache
+from reference.kv_cache.scheduler import Iteration, Request, Scheduler, Step, run
+from reference.kv_cache.simulation import static_iterations
+from reference.kv_cache.static import StaticCache
+from reference.transformer.sampling import greedy
+
+
+@torch.no_grad()
+def compute_step(
+    model: CachedModel,
+    cache: PagedCache,
+    step: Step,
+    choose: Callable[[Tensor], Tensor] = greedy,
+) -> list[int]:
+    """The next token of each sequence of a step: those of prefill, then those of decode."""
+    device = cache.keys.device
+    cache.copy(step.copies)
+    chosen: list[int] = []
+    for sequence, num_cached in step.prefill:
+        tokens = torch.tensor([sequence.tokens[num_cached:]], device=device)
+        batch = cache.batch([sequence.request.name], tokens.shape[1])
+        logits = model(tokens, batch.positions, batch, mask=batch.mask, num_logits=1)
+        chosen += choose(logits[:, -1]).tolist()
+    if step.decode:
+        tokens = torch.tensor([[s.generated[-1]] for s in step.decode], device=device)
+        batch = cache.batch([s.request.name for s in step.decode], 1)
+        logits = model(tokens, batch.positions, batch, mask=batch.mask, num_logits=1)
+        chosen += choose(logits[:, -1]).tolist()
+    return chosen
+
+
+def serve(
+    model: CachedModel,
+    requests: Sequence[Request],
+    cache: PagedCache,
+    *,
+    max_batch: int,
+    reserve: int = 0,
+    choose: Callable[[Tensor], Tensor] = greedy,
+    stop: int | None = None,
+) -> tuple[dict[str, list[int]], list[Iteration]]:
+    """Answers by name from continuous batching over a paged cache, and what each iteration did.
+
+    Raises: as `scheduler.run`.
+    """
+    scheduler = Scheduler(cache.blocks, max_batch=max_batch, reserve=reserve)
+    return run(requests, scheduler, lambda s: compute_step(model, cache, s, choose), stop=stop)
+
+
+def serve_static(
+    model: CachedModel,
+    requests: Sequence[Request],
+    *,
+    batch_size: int,
+    max_len: int,
+    choose: Callable[[Tensor], Tensor] = greedy,
+    stop: int | None = None,
+) -> tuple[dict[str, list[int]], list[Iteration]]:
+    """The same from static batching: `batch_size` requests in order, until the longest is done.
+
+    Each row has a static cache of `max_len` tokens. Arrivals are not looked at: all are there.
+
+    Raises: ValueError for a batch that does not fit into max_len, or a batch_size below 1.
+    """
+    history = static_iterations(requests, batch_size=batch_size, max_len=max_len)
+    answers: dict[str, list[int]] = {}
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        prompts = [torch.tensor(r.prompt) for r in batch]
+        longest = max(r.max_new_tokens for r in batch)
+        cache = StaticCache(max_len)
+        rows = generate(model, prompts, longest, cache=cache, choose=choose, stop=stop)
+        for request, row in zip(batch, rows.tolist(), strict=True):
+            answer = row[: request.max_new_tokens]
+            answers[request.name] = answer[: answer.index(stop) + 1] if stop in answer else answer
+    return answers, history
