@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from reference.parallel.ranks import Comm, Handle
 from reference.parallel.zero.flat import FlatLayout, layout_of
 
+NOWHERE = torch.empty((), device="meta")
+
 
 class Unit:
     """The part (`shard`), and the whole vector (`full`) from `unshard` to `reshard`.
@@ -76,7 +78,7 @@ class Unit:
         """Let the module see shapes alone: used out of turn, they give an error, not old values."""
         for places, shape in zip(self._places, self.layout.shapes, strict=True):
             for owner, attribute in places:
-                setattr(owner, attribute, torch.empty(shape, device="meta"))
+                setattr(owner, attribute, NOWHERE.expand(shape))
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether the tensor is a view of the whole vector."""

@@ -221,6 +221,7 @@ def test_nothing_is_gathered_between_steps():
     expected = model_states_bytes(6 * 32 * 32, 4, 3, **sizes)
     for held, gathered in run(4, program).results:
         assert gathered == held["communication_buffers"] == 0
+        assert held["activations"] < 32 * 32 * 4  # no weight is left over from forward
         assert held["parameters"] == expected.parameters
         assert held["gradients"] == expected.gradients
         assert held["optimizer_states"] == expected.optimizer_states + 6 * 4  # counts of steps
