@@ -5,7 +5,6 @@ import math
 import torch
 
 from autograder import alternative, misconception
-from solutions.quantization import dequantize_blocks, round_groups
 
 ABSMAX = "2. Absmax and zero point"
 SHARE = "3. Who shares a scale"
@@ -17,7 +16,21 @@ QLORA = "9. QLoRA: training through the frozen base"
 PAGED = "10. Paged optimizers"
 AWQ = "11. Which weights matter"
 FIGURES = "14. Published figures"
-PRACTICE = "15. What breaks in practice"
+
+
+def _dequantize(packed, absmax, levels):
+    """What the exercises give as `dequantize_blocks`."""
+    codes = torch.stack([packed >> 4, packed & 15], -1).flatten().int()
+    return (levels.float()[codes].view(len(absmax), -1) * absmax[:, None]).flatten()
+
+
+def _round_groups(weight, bits, group_size):
+    """What the exercises give as `round_groups`."""
+    groups = weight.unflatten(1, (-1, group_size))
+    largest = 2 ** (bits - 1) - 1
+    scale = groups.abs().amax(-1, keepdim=True) / largest
+    scale = torch.where(scale == 0, 1.0, scale)
+    return ((groups / scale).round() * scale).flatten(1)
 
 
 # quantize_groups
@@ -627,7 +640,7 @@ def _back(grad_y, x, packed, absmax, levels, A, B, scaling, *, values=None, base
           in_x=None, in_A=None, in_B=None, low_rank=True):  # fmt: skip
     """Right, but for the values of the weight, the paths, and the scaling of each gradient."""
     if values is None:
-        values = dequantize_blocks(packed, absmax, levels)
+        values = _dequantize(packed, absmax, levels)
     weight = values.view(len(B), -1).to(x.dtype)
     factor_x, factor_A, factor_B = (scaling if f is None else f for f in (in_x, in_A, in_B))
     grad_x = factor_x * grad_y @ B @ A if low_rank else torch.zeros_like(x)
@@ -655,7 +668,7 @@ def gradients_flow_into_the_four_bit_weights(
 )
 def gradients_flow_into_the_scales(grad_y, x, packed, absmax, levels, lora_A, lora_B, scaling):
     right = _back(grad_y, x, packed, absmax, levels, lora_A, lora_B, scaling)
-    unit = dequantize_blocks(packed, torch.ones_like(absmax), levels).view(len(lora_B), -1)
+    unit = _dequantize(packed, torch.ones_like(absmax), levels).view(len(lora_B), -1)
     grad = ((grad_y.mT @ x) * unit).view(len(absmax), -1).sum(1)
     return right[0], None, grad, right[3], right[4]
 
@@ -699,7 +712,7 @@ def computes_in_four_bits(grad_y, x, packed, absmax, levels, lora_A, lora_B, sca
     see=BLOCKS,
 )
 def forgets_the_absmax(grad_y, x, packed, absmax, levels, lora_A, lora_B, scaling):
-    values = dequantize_blocks(packed, torch.ones_like(absmax), levels)
+    values = _dequantize(packed, torch.ones_like(absmax), levels)
     return _back(grad_y, x, packed, absmax, levels, lora_A, lora_B, scaling, values=values)
 
 
@@ -735,7 +748,7 @@ def scales_only_one_of_the_two(grad_y, x, packed, absmax, levels, lora_A, lora_B
 
 @alternative("qlora_backward")
 def by_autograd(grad_y, x, packed, absmax, levels, lora_A, lora_B, scaling):
-    weight = dequantize_blocks(packed, absmax, levels).to(x.dtype).view(len(lora_B), -1)
+    weight = _dequantize(packed, absmax, levels).to(x.dtype).view(len(lora_B), -1)
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (x, lora_A, lora_B)]
         y = leaves[0] @ weight.mT + (leaves[0] @ leaves[1].mT) @ leaves[2].mT * scaling
@@ -745,7 +758,7 @@ def by_autograd(grad_y, x, packed, absmax, levels, lora_A, lora_B, scaling):
 
 @alternative("qlora_backward")
 def with_einsum_and_the_merged_weight(grad_y, x, packed, absmax, levels, lora_A, lora_B, scaling):
-    weight = dequantize_blocks(packed, absmax, levels).to(x.dtype).view(len(lora_B), -1)
+    weight = _dequantize(packed, absmax, levels).to(x.dtype).view(len(lora_B), -1)
     grad_x = torch.einsum("sn,nd->sd", grad_y, weight + scaling * lora_B @ lora_A)
     grad_A = torch.einsum("sn,nr,sd->rd", grad_y, lora_B, x) * scaling
     grad_B = torch.einsum("sn,sd,rd->nr", grad_y, x, lora_A) * scaling
@@ -929,7 +942,7 @@ def _awq(weight, x, bits, group_size, num_alphas, *, magnitude=None, scaled_x=No
     for ratio in ratios:
         scale = size**ratio
         scale = scale / (scale.max() * scale.min()).sqrt() if normal else scale
-        stored = round_groups(weight * scale, bits, group_size)
+        stored = _round_groups(weight * scale, bits, group_size)
         given = x / scale if scaled_x is None else scaled_x(x, scale)
         error = (given @ stored.mT - target) if loss is None else loss(weight, stored, scale)
         error = error.square().mean().item()
@@ -1049,7 +1062,7 @@ def scales_after_rounding(weight, x, bits, group_size, num_alphas):
         bits,
         group_size,
         num_alphas,
-        stored_as=lambda w, x, stored, s: round_groups(w, bits, group_size) * s,
+        stored_as=lambda w, x, stored, s: _round_groups(w, bits, group_size) * s,
     )
 
 
@@ -1058,7 +1071,7 @@ def all_candidates_first(weight, x, bits, group_size, num_alphas):
     size = torch.clamp(x.abs().sum(0) / len(x), min=1e-4)
     scales = [size.pow(i / num_alphas) for i in range(num_alphas)]
     scales = [s / torch.sqrt(s.max() * s.min()) for s in scales]
-    stored = [round_groups(weight * s, bits, group_size) for s in scales]
+    stored = [_round_groups(weight * s, bits, group_size) for s in scales]
     errors = [
         float((x @ (q / s - weight).mT).pow(2).mean()) for q, s in zip(stored, scales, strict=True)
     ]
@@ -1074,7 +1087,7 @@ def by_the_gram_matrix(weight, x, bits, group_size, num_alphas):
     for i in range(num_alphas):
         log_scale = log_size * (i / num_alphas)
         scale = torch.exp(log_scale - (log_scale.max() + log_scale.min()) / 2)
-        stored = round_groups(weight * scale, bits, group_size)
+        stored = _round_groups(weight * scale, bits, group_size)
         difference = stored / scale - weight
         error = float(((difference @ gram) * difference).sum())
         if error < best[0]:
@@ -1091,7 +1104,7 @@ def _tiled(x, packed, absmax, levels, num_rows, tile_rows, *, whole=None, swap=F
     width = x.shape[1]
     block_size = num_rows * width // len(absmax)
     every = absmax.repeat_interleave(block_size) if whole == "scales" else None
-    numbers = dequantize_blocks(packed, absmax, levels) if whole == "weight" else None
+    numbers = _dequantize(packed, absmax, levels) if whole == "weight" else None
     unpacked = torch.stack([packed >> 4, packed & 15], -1).flatten() if whole == "codes" else None
     tiles = []
     for top in range(0, num_rows, tile_rows):
