@@ -105,11 +105,15 @@ def four_bit_round(
 
 
 def _rank(scaled: Tensor, midpoints: list[float]) -> Tensor:
-    """How many decision points lie below each number; 15 comparisons beat a search of 4 steps."""
-    rank = torch.zeros(scaled.shape, dtype=torch.uint8, device=scaled.device)
+    """How many decision points lie below each number, uint8.
+
+    Fifteen comparisons beat a search of four steps. In floats, in place: torch's kernel from floats
+    to booleans is three times slower.
+    """
+    rank, is_above = torch.zeros_like(scaled), torch.empty_like(scaled)
     for midpoint in midpoints:
-        rank += scaled > midpoint
-    return rank
+        rank += is_above.copy_(scaled).gt_(midpoint)
+    return rank.to(torch.uint8)
 
 
 def _decision_points(levels: LevelName) -> tuple[Tensor | None, list[float]]:
