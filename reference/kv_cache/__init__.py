@@ -28,7 +28,7 @@ from reference.kv_cache.cost import (
 from reference.kv_cache.dynamic import DynamicCache
 from reference.kv_cache.engine import compute_step, serve, serve_static
 from reference.kv_cache.generation import column_mask, generate, left_pad
-from reference.kv_cache.paged import PagedBatch, PagedCache
+from reference.kv_cache.paged import FlatBatch, PagedBatch, PagedCache
 from reference.kv_cache.quantized import Int8Cache, dequantize, quantize_rows
 from reference.kv_cache.rolling import RollingCache, slot_columns
 from reference.kv_cache.scheduler import Iteration, Request, Running, Scheduler, Step, run
@@ -43,6 +43,7 @@ from reference.kv_cache.static import StaticCache
 __all__ = [
     "BlockManager",
     "DynamicCache",
+    "FlatBatch",
     "Int8Cache",
     "Iteration",
     "Machine",

@@ -1,7 +1,7 @@
 """A scheduler's steps on a model: continuous batching, and static batching to compare with.
 
-Prefills go through the model one by one, for their lengths differ; then all running sequences
-decode one token together, each from its own blocks at its own position.
+All running sequences decode one token together, each from its own blocks at its own position. Where
+some of them prefill, their prompts and the others' single tokens go through the model in one row.
 
 Sources: Orca (OSDI 2022), sec. 3 and 4; vLLM, arXiv 2309.06180, sec. 4.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reference.kv_cache.generation import CachedModel, generate
-from reference.kv_cache.paged import PagedCache
+from reference.kv_cache.paged import FlatBatch, PagedBatch, PagedCache
 from reference.kv_cache.scheduler import Iteration, Request, Scheduler, Step, run
 from reference.kv_cache.simulation import static_iterations
 from reference.kv_cache.static import StaticCache
@@ -27,20 +27,22 @@ def compute_step(
     choose: Callable[[Tensor], Tensor] = greedy,
 ) -> list[int]:
     """The next token of each sequence of a step: those of prefill, then those of decode."""
-    device = cache.keys.device
     cache.copy(step.copies)
-    chosen: list[int] = []
-    for sequence, num_cached in step.prefill:
-        tokens = torch.tensor([sequence.tokens[num_cached:]], device=device)
-        batch = cache.batch([sequence.request.name], tokens.shape[1])
-        logits = model(tokens, batch.positions, batch, mask=batch.mask, num_logits=1)
-        chosen += choose(logits[:, -1]).tolist()
-    if step.decode:
-        tokens = torch.tensor([[s.generated[-1]] for s in step.decode], device=device)
-        batch = cache.batch([s.request.name for s in step.decode], 1)
-        logits = model(tokens, batch.positions, batch, mask=batch.mask, num_logits=1)
-        chosen += choose(logits[:, -1]).tolist()
-    return chosen
+    sequences = [s for s, _ in step.prefill] + step.decode
+    names = [s.request.name for s in sequences]
+    device, num_logits = cache.keys.device, 1
+    batch: PagedBatch | FlatBatch
+    if step.prefill:
+        parts = [s.tokens[num_cached:] for s, num_cached in step.prefill]
+        parts += [s.generated[-1:] for s in step.decode]
+        batch = cache.flat_batch(names, [len(part) for part in parts])
+        tokens = batch.row([torch.tensor(part, device=device) for part in parts])
+        num_logits = len(names)
+    else:
+        batch = cache.batch(names, 1)
+        tokens = torch.tensor([s.generated[-1:] for s in sequences], device=device)
+    logits = model(tokens, batch.positions, batch, mask=batch.mask, num_logits=num_logits)
+    return choose(logits.flatten(0, 1)).tolist()
 
 
 def serve(

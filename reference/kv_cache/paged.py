@@ -52,6 +52,13 @@ class PagedCache:
         """
         return PagedBatch(self, names, num_new)
 
+    def flat_batch(self, names: Sequence[Hashable], num_new: Sequence[int]) -> "FlatBatch":
+        """The same for different numbers of new tokens, all in one row.
+
+        Raises: as `batch`.
+        """
+        return FlatBatch(self, names, num_new)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the pools."""
@@ -66,8 +73,7 @@ class PagedBatch:
             raise ValueError("names: expected at least one sequence, got none")
         blocks, device = cache.blocks, cache.keys.device
         lengths = [blocks.lengths[name] for name in names]
-        if not 1 <= num_new <= min(lengths):
-            raise ValueError(f"num_new: expected 1 to {min(lengths)} (tokens held), got {num_new}")
+        _check_new_tokens(num_new, min(lengths))
         self.cache, self.num_new, self.longest = cache, num_new, max(lengths)
         width = blocks.blocks_for(self.longest)
         rows = [blocks.tables[name] for name in names]
@@ -106,5 +112,73 @@ class PagedBatch:
         return self.longest - self.num_new
 
     def _gather(self, pool: Float[Tensor, "N block K d"]) -> Keys:
-        found = pool[self.tables].flatten(1, 2)  # (B, M * block, K, d)
+        found = pool.index_select(0, self.tables.flatten())
+        found = found.view(len(self.tables), -1, *pool.shape[2:])  # (B, M * block, K, d)
         return found[:, : self.longest].transpose(1, 2)
+
+
+class FlatBatch:
+    """New tokens of several sequences in one row, (1, N): prompts and single tokens in one pass.
+
+    Everything but attention treats tokens alike, so that a row of N takes one read of the weights;
+    in attention `mask` keeps the sequences apart. The last token of each sequence stands at the
+    row's end, in the order of `names`: `num_logits=len(names)` gives their logits. `row` brings
+    each sequence's new tokens into this order.
+
+    Source: selective batching, Orca (OSDI 2022), sec. 3.2.
+    """
+
+    def __init__(
+        self, cache: PagedCache, names: Sequence[Hashable], num_new: Sequence[int]
+    ) -> None:
+        if not names or len(names) != len(num_new):
+            raise ValueError(
+                f"num_new: expected a number for each of {len(names)} sequences, at least one, "
+                f"got {len(num_new)}"
+            )
+        self.cache, self.device = cache, cache.keys.device
+        held, owners, positions = [], [], []
+        for i, name in enumerate(names):
+            length = cache.blocks.lengths[name]
+            _check_new_tokens(num_new[i], length)
+            held.append(self._slots_of(name, length))
+            owners.append(torch.full((length,), i, device=self.device))
+            positions.append(torch.arange(length, device=self.device))
+        self._held = torch.cat(held)
+        new = [x[-n:] for x, n in zip(positions, num_new, strict=True)]
+        self.positions: Int[Tensor, "1 N"] = self.row(new)
+        asks = self.row([x[-n:] for x, n in zip(owners, num_new, strict=True)])
+        is_own = torch.cat(owners) == asks.mT
+        is_past = torch.cat(positions) <= self.positions.mT
+        self.mask: Bool[Tensor, "1 1 N S"] = (is_own & is_past)[None, None]
+        self._written = self.row([x[-n:] for x, n in zip(held, num_new, strict=True)])[0]
+
+    def row(self, parts: Sequence[Int[Tensor, " _"]]) -> Int[Tensor, "1 N"]:
+        """One entry for each new token of each sequence, as a row: last ones at the end."""
+        return torch.cat([x[:-1] for x in parts] + [x[-1:] for x in parts])[None]
+
+    def update(
+        self, k: Float[Tensor, "1 K N d"], v: Float[Tensor, "1 K N d"], layer: int
+    ) -> tuple[Keys, Keys]:
+        """Write the new tokens to their slots; return the keys and values of all sequences."""
+        check_new(k, v, None)
+        found = []
+        for pool, new in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
+            slots = pool.flatten(0, 1)  # (N * block, K, d)
+            slots[self._written] = new[0].transpose(0, 1)
+            found.append(slots[self._held].transpose(0, 1)[None])
+        return found[0], found[1]
+
+    def get_seq_length(self) -> int:
+        """Keys of all sequences that were there before this call."""
+        return len(self._held) - len(self._written)
+
+    def _slots_of(self, name: Hashable, length: int) -> Tensor:
+        size = self.cache.blocks.block_size
+        first = torch.tensor(self.cache.blocks.tables[name], device=self.device) * size
+        return (first[:, None] + torch.arange(size, device=self.device)).flatten()[:length]
+
+
+def _check_new_tokens(num_new: int, held: int) -> None:
+    if not 1 <= num_new <= held:
+        raise ValueError(f"num_new: expected 1 to {held} (tokens held), got {num_new}")

@@ -33,6 +33,34 @@ def test_matches_contiguous_on_the_course_model(course):
     assert any(b - a != 1 for table in tables.values() for a, b in zip(table, table[1:]))  # noqa: B905
 
 
+def test_flat_batch_matches_contiguous(course):
+    """A prompt, a prompt behind a shared beginning, a single token: one row through the model."""
+    model, ids = course
+    cache = paged(model)
+    blocks = cache.blocks
+    first, grown = ids[:10], ids[100:107]
+    for name, text in (("first", first), ("grown", grown[:-1])):
+        blocks.allocate(name, text.tolist())
+        batch = cache.batch([name], len(text))
+        model(text[None], batch.positions, batch, mask=batch.mask)
+    blocks.publish("first", first.tolist())
+    alike = torch.cat((first[:8], ids[300:305]))
+    new = ids[200:206]
+    assert blocks.allocate("alike", alike.tolist()) == 8
+    blocks.allocate("new", new.tolist())
+    blocks.append("grown")
+    batch = cache.flat_batch(["alike", "new", "grown"], [5, 6, 1])
+    tokens = batch.row([alike[8:], new, grown[-1:]])
+    got = model(tokens, batch.positions, batch, mask=batch.mask, num_logits=3)[0]
+    for row, text in zip(got, (alike, new, grown), strict=True):
+        expected = model(text[None], num_logits=1)[0, 0]
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"num_new: expected 1 to 6 \(tokens held\), got 7"):
+        cache.flat_batch(["new"], [7])
+    with pytest.raises(ValueError, match="expected a number for each of 2 sequences"):
+        cache.flat_batch(["new", "grown"], [1])
+
+
 def test_matches_the_kernel_that_reads_blocks_where_they_lie():
     blocks = BlockManager(9, 4)
     cache = PagedCache(blocks, num_layers=1, num_kv_heads=2, head_dim=8, dtype=torch.float64)
