@@ -10,6 +10,7 @@ after it. A model of transformers, whose names have it, is taken as well.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,9 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
         tensors = load_file(folder / WEIGHTS)
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot be read: {error}") from error
+    if isinstance(model, Llama) and not isinstance(config.targets, str):
+        own = tuple(target.removeprefix("model.") for target in config.targets)
+        config = replace(config, targets=own)
     _check_base(model, config, tensors)
     add_adapter(model, config, name)
     with torch.no_grad():
