@@ -70,7 +70,6 @@ from reference.quantization.qlora import (
     FrozenLinearFunction,
     QLoRALinear,
     frozen_linear,
-    low_rank,
     make_qlora,
     replace_linears,
 )
@@ -108,7 +107,6 @@ __all__ = [
     "full_fine_tuning_bytes",
     "int8_linear",
     "integer4_levels",
-    "low_rank",
     "make_qlora",
     "mixed_int8_linear",
     "nearest_level",

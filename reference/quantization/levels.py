@@ -62,7 +62,7 @@ def integer4_levels() -> Float[Tensor, "16"]:
 def dynamic_levels() -> Float[Tensor, "256"]:
     """The signed 8-bit map: 7 decades, with 2^i values a sign in decade i, then zero and one.
 
-    Source: arXiv 2110.02861, sec. 1.3; bitsandbytes, functional.create_dynamic_map.
+    Source: arXiv 2110.02861; bitsandbytes, functional.create_dynamic_map.
     """
     positive = []
     for exponent in range(7):

@@ -1,6 +1,6 @@
 """QLoRA: a frozen base in NF4, trained through, with low-rank adapters that learn.
 
-    Y = X dequantise(W)^T + (alpha / r) X A^T B^T          A (r, D) random, B (N, r) zero
+    Y = X dequantise(W)^T + (alpha / r) X A^T B^T          A, B: an adapter of reference.lora
 
 Forward dequantises W, multiplies in the dtype of X and forgets; backward dequantises again for
 dX = dY W. Nothing computes in 4 bits and W has no gradient. What autograd keeps is X (for A's
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from reference.lora.layer import Adapter, LoRAConfig
 from reference.quantization.blockwise import FourBitTensor, quantize_4bit
 from reference.quantization.double_quantization import (
     DoubleQuantized,
@@ -62,47 +63,25 @@ def frozen_linear(
     return y if bias is None else y + bias
 
 
-def low_rank(
-    x: Float[Tensor, "... D"],
-    lora_A: Float[Tensor, "r D"],
-    lora_B: Float[Tensor, "N r"],
-    *,
-    scaling: float,
-) -> Float[Tensor, "... N"]:
-    """scaling * x A^T B^T, never forming B A. Source: arXiv 2106.09685, eq. 3."""
-    return x @ lora_A.mT @ lora_B.mT * scaling
-
-
 class QLoRALinear(nn.Module):
     """A linear layer whose weight is NF4 (double-quantised by default) with one adapter on top.
 
-    Buffers hold the codes, so that they are saved, moved and loaded with the module; `lora_A` and
-    `lora_B` are its only parameters.
+    Buffers hold the codes, so that they are saved, moved and loaded with the module; the adapter's
+    `a` and `b` are its only parameters, and its input is cast to their dtype.
 
-    Raises: ValueError for a rank that is not positive; else as `quantize_4bit`.
+    Raises: as `Adapter` and `quantize_4bit`.
     Source: arXiv 2305.14314, eq. 5.
     """
 
     def __init__(
-        self,
-        weight: Float[Tensor, "N D"],
-        bias: Float[Tensor, " N"] | None = None,
-        *,
-        rank: int = 16,
-        alpha: float = 16.0,
-        block_size: int = 64,
-        is_double: bool = True,
+        self, base: nn.Linear, config: LoRAConfig, *, block_size: int = 64, is_double: bool = True
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank: expected more than 0, got {rank}")
-        self.out_features, self.in_features = weight.shape
-        self.scaling, self.block_size, self.is_double = alpha / rank, block_size, is_double
-        self._keep(quantize_4bit(weight.detach(), levels="nf4", block_size=block_size))
-        self.bias = None if bias is None else nn.Buffer(bias.detach().clone())
-        self.lora_A = nn.Parameter(weight.new_empty(rank, self.in_features))
-        self.lora_B = nn.Parameter(weight.new_zeros(self.out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+        self.out_features, self.in_features = base.out_features, base.in_features
+        self.block_size, self.is_double = block_size, is_double
+        self.adapter = Adapter(base, config)
+        self._keep(quantize_4bit(base.weight.detach(), levels="nf4", block_size=block_size))
+        self.bias = None if base.bias is None else nn.Buffer(base.bias.detach().clone())
 
     def _keep(self, weight: FourBitTensor) -> None:
         self.weight_dtype = weight.dtype
@@ -131,12 +110,10 @@ class QLoRALinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... N"]:
         y = frozen_linear(x, self.quantized, self.bias)
-        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return y + low_rank(x, A, B, scaling=self.scaling)
+        return y + self.adapter(x.to(self.adapter.a.dtype)).to(y.dtype)
 
     def extra_repr(self) -> str:
-        rank = self.lora_A.shape[0]
-        return f"{self.in_features}, {self.out_features}, rank={rank}, scaling={self.scaling:g}"
+        return f"{self.in_features}, {self.out_features}, is_double={self.is_double}"
 
 
 def replace_linears(
@@ -165,17 +142,16 @@ def replace_linears(
     return [name for name, _ in found]
 
 
-def make_qlora(model: nn.Module, *, rank: int = 16, alpha: float = 16.0) -> list[nn.Parameter]:
+def make_qlora(model: nn.Module, config: LoRAConfig) -> list[nn.Parameter]:
     """Freeze a model, replace its linear layers by `QLoRALinear`, return what is to be trained.
 
-    In place. Embeddings, norms and the head stay as they are, frozen.
+    In place; every linear layer but the head, whatever `config.targets` says, as QLoRA has it.
+    Embeddings, norms and the head stay as they are, frozen.
 
     Raises: as `replace_linears` and `QLoRALinear`.
     """
     model.requires_grad_(False)
-    replace_linears(
-        model, lambda layer: QLoRALinear(layer.weight, layer.bias, rank=rank, alpha=alpha)
-    )
+    replace_linears(model, lambda layer: QLoRALinear(layer, config))
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

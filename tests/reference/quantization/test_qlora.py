@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from reference.lora import LoRAConfig
 from reference.quantization import (
     QLoRALinear,
     dequantize,
     double_quantize_4bit,
     frozen_linear,
-    low_rank,
     make_qlora,
     quantize_4bit,
     replace_linears,
@@ -26,10 +26,18 @@ def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def layer_with_adapter(weight, bias=None, *, rank=8, alpha=16.0, **options):
-    layer = QLoRALinear(weight, bias, rank=rank, alpha=alpha, **options)
-    layer.lora_A.data.copy_(draw(rank, weight.shape[1], seed=5))
-    layer.lora_B.data.copy_(draw(weight.shape[0], rank, seed=6))
+def linear(weight, bias=None):
+    layer = nn.Linear(*weight.shape[::-1], bias=bias is not None)
+    layer.weight.data = weight
+    if bias is not None:
+        layer.bias.data = bias
+    return layer
+
+
+def layer_with_adapter(weight, bias=None, *, rank=8, **options):
+    layer = QLoRALinear(linear(weight, bias), LoRAConfig(rank=rank, alpha=16.0), **options)
+    layer.adapter.a.data.copy_(draw(rank, weight.shape[1], seed=5))
+    layer.adapter.b.data.copy_(draw(weight.shape[0], rank, seed=6))
     return layer
 
 
@@ -54,9 +62,9 @@ def test_matches_peft_on_bitsandbytes(bnb, is_double):
     assert type(theirs).__name__ == "Linear4bit"
     ours = layer_with_adapter(weight, bias, is_double=is_double)
     A, B = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
-    A.data.copy_(ours.lora_A), B.data.copy_(ours.lora_B)
+    A.data.copy_(ours.adapter.a), B.data.copy_(ours.adapter.b)
     grads = []
-    for layer, parameters in ((ours, (ours.lora_A, ours.lora_B)), (theirs, (A, B))):
+    for layer, parameters in ((ours, (ours.adapter.a, ours.adapter.b)), (theirs, (A, B))):
         leaf = x.clone().requires_grad_()
         y = layer(leaf)
         grads.append((y, *torch.autograd.grad(y.sin().sum(), (leaf, *parameters))))
@@ -88,20 +96,22 @@ def test_gradcheck_through_the_frozen_base():
 
 def test_starts_as_the_quantized_layer():
     weight, bias, x = draw(32, 64), draw(32, seed=1), draw(5, 64, seed=2)
-    layer = QLoRALinear(weight, bias)
+    layer = QLoRALinear(linear(weight, bias), LoRAConfig(rank=16, alpha=16.0))
     assert_close(layer(x), F.linear(x, dequantize(layer.quantized), bias))
-    assert not layer.lora_B.any() and layer.lora_A.any()
+    assert not layer.adapter.b.any() and layer.adapter.a.any()
 
 
-def test_low_rank_matches_the_formed_product():
-    x, A, B = draw(3, 16), draw(2, 16, seed=1), draw(8, 2, seed=2)
-    assert_close(low_rank(x, A, B, scaling=0.5), x @ (0.5 * B @ A).mT, rtol=1e-5, atol=1e-5)
+def test_half_precision_input_meets_float32_adapters():
+    layer, x = layer_with_adapter(draw(32, 64) * 0.1), draw(5, 64, seed=2, dtype=torch.bfloat16)
+    y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert_close(y.float(), layer(x.float()), **TOLERANCE[torch.bfloat16])
 
 
 def test_only_adapters_learn_and_nothing_wide_is_kept():
     weight, x = draw(256, 512), draw(4, 512, seed=1).requires_grad_()
     layer = layer_with_adapter(weight)
-    assert sorted(name for name, _ in layer.named_parameters()) == ["lora_A", "lora_B"]
+    assert sorted(name for name, _ in layer.named_parameters()) == ["adapter.a", "adapter.b"]
     kept = []
 
     def pack(tensor):
@@ -112,28 +122,28 @@ def test_only_adapters_learn_and_nothing_wide_is_kept():
         y = layer(x)
     assert max(kept) < weight.numel() / 8
     y.sum().backward()
-    assert x.grad.any() and layer.lora_A.grad.any() and layer.lora_B.grad.any()
+    assert x.grad.any() and all(parameter.grad.any() for parameter in layer.parameters())
     assert not any(buffer.requires_grad for buffer in layer.buffers())
 
 
 @pytest.mark.parametrize("is_double", [False, True])
 def test_state_is_saved_loaded_and_survives_a_cast(is_double):
     layer = layer_with_adapter(draw(16, 64), is_double=is_double)
-    other = QLoRALinear(draw(16, 64, seed=9), rank=8, alpha=16.0, is_double=is_double)
+    other = layer_with_adapter(draw(16, 64, seed=9), is_double=is_double)
     other.load_state_dict(layer.state_dict())
     x = draw(2, 64, seed=3)
     assert torch.equal(other(x), layer(x))
     cast = other.to(torch.bfloat16)
-    assert cast.lora_A.dtype == torch.bfloat16
+    assert cast.adapter.a.dtype == torch.bfloat16
     assert torch.equal(dequantize(cast.quantized), dequantize(layer.quantized))
 
 
 def test_storage_is_four_and_an_eighth_bits():
-    layer = QLoRALinear(draw(512, 512), rank=1)
+    layer = layer_with_adapter(draw(512, 512), rank=1)
     stored = sum(buffer.nbytes for buffer in layer.buffers())
     # 4 + 8/64 + 32/(64 * 256), and one float32 for the mean of the scales.
     assert stored * 8 == 512 * 512 * (4 + 8 / 64 + 32 / (64 * 256)) + 32
-    assert repr(layer) == "QLoRALinear(512, 512, rank=1, scaling=16)"
+    assert repr(layer).startswith("QLoRALinear(\n  512, 512, is_double=True\n")
 
 
 def small_llama():
@@ -147,7 +157,7 @@ def small_llama():
 def test_a_model_learns_through_its_four_bit_base():
     model = small_llama()
     tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
-    trained = make_qlora(model, rank=4)
+    trained = make_qlora(model, LoRAConfig(rank=4, alpha=16.0))
     assert len(trained) == 2 * 2 * 7 and all(parameter.requires_grad for parameter in trained)
     assert type(model.lm_head) is nn.Linear and not model.embed_tokens.weight.requires_grad
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -167,9 +177,9 @@ def test_rejects_bad_input():
     weight = quantize_4bit(draw(8, 64))
     with pytest.raises(ValueError, match=r"expected shape \(N, 32\) for x of shape \(2, 32\)"):
         frozen_linear(draw(2, 32), weight)
-    with pytest.raises(ValueError, match="rank: expected more than 0, got 0"):
-        QLoRALinear(draw(8, 64), rank=0)
+    with pytest.raises(ValueError, match=r"rank: expected at most 8 for a weight \(8, 64\)"):
+        QLoRALinear(nn.Linear(64, 8), LoRAConfig(rank=9, alpha=16.0))
     with pytest.raises(ValueError, match="block_size: expected a divisor"):
-        QLoRALinear(draw(3, 5))
+        QLoRALinear(nn.Linear(5, 3), LoRAConfig(rank=1, alpha=16.0))
     with pytest.raises(ValueError, match="expected nn.Linear layers"):
         replace_linears(nn.Sequential(nn.ReLU()), lambda layer: layer)
