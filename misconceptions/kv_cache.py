@@ -143,6 +143,16 @@ def attends_before_it_appends(chunks, w_q, w_k, w_v):
     return outputs
 
 
+@misconception(
+    "cached_attention",
+    "The scores are not divided by sqrt(d): the softmax is sharper than it should be.",
+    see=KEPT,
+)
+def forgets_the_scale(chunks, w_q, w_k, w_v):
+    sharp = w_q * math.sqrt(w_q.shape[1])
+    return _cached(chunks, sharp, w_k, w_v, lambda n, total: _later(n, total, total - n))
+
+
 @alternative("cached_attention")
 def fills_a_buffer(chunks, w_q, w_k, w_v):
     total, start, outputs = sum(map(len, chunks)), 0, []
@@ -912,6 +922,47 @@ def keeps_what_it_took_in_vain(num_blocks, block_size, operations):
 
 @misconception(
     "paged_memory",
+    "You hand out the block that was freed last, as from a stack. That works as well, but here it "
+    "is to be the free one with the smallest number.",
+    see=PAGES,
+)
+def hands_out_the_last_freed(num_blocks, block_size, operations):
+    class Stack(_Blocks):
+        def __init__(self, num_blocks, block_size):
+            super().__init__(num_blocks, block_size)
+            self.stack = list(range(num_blocks))[::-1]
+
+        def take(self, count):
+            taken = [self.stack.pop() for _ in range(count)]
+            self.free -= set(taken)
+            return taken
+
+        def release(self, block):
+            if not self.holders(block):
+                self.stack.append(block)
+            super().release(block)
+
+    return Stack(num_blocks, block_size).play(operations)
+
+
+@misconception(
+    "paged_memory",
+    "A token is appended without room: where no block is free, nothing must change, the length "
+    "neither.",
+    see=PAGES,
+)
+def counts_a_token_without_room(num_blocks, block_size, operations):
+    class Counts(_Blocks):
+        def append(self, name):
+            done, copy = super().append(name)
+            self.tokens[name] += not done
+            return done, copy
+
+    return Counts(num_blocks, block_size).play(operations)
+
+
+@misconception(
+    "paged_memory",
     "Each state holds the same lists, which change later on: copy the tables when you report them.",
     see=PAGES,
 )
@@ -1010,6 +1061,17 @@ def averages_a_batch(output_lengths, max_batch):
 def deals_the_requests_out(output_lengths, max_batch):
     longest = max(sum(output_lengths[place::max_batch]) for place in range(max_batch))
     return _served(output_lengths, max_batch, continuous=longest)
+
+
+@misconception(
+    "serving_iterations",
+    "You take in new requests only when all places are free: that is static batching once more.",
+    see=SERVING,
+)
+def waits_for_all_places(output_lengths, max_batch):
+    batches = range(0, len(output_lengths), max_batch)
+    slow = sum(max(output_lengths[i : i + max_batch]) for i in batches)
+    return _served(output_lengths, max_batch, continuous=slow)
 
 
 @alternative("serving_iterations")
@@ -1227,6 +1289,15 @@ def forgets_causality(prompt, new, layers, attention, mlp, width):
         "cached": whole(prompt) + step,
         "training": 3 * whole(prompt + new),
     }
+
+
+@misconception(
+    "generation_flops",
+    "You leave out the backward pass: a step of training takes three times a forward pass.",
+    see=COST,
+)
+def trains_without_backward(prompt, new, layers, attention, mlp, width):
+    return _flops(prompt, new, layers, attention, mlp, width, training=lambda w, c: w(prompt + new))
 
 
 @alternative("generation_flops")
