@@ -6,9 +6,9 @@
 # numbers of NF4, pack them two a byte, train through them (QLoRA), page an optimizer in and out,
 # and let activations decide which weights deserve care (AWQ).
 #
-# > **Low-resource box.** The notebook runs in about a minute on one CPU core: half of it rounds a
-# > 135M-parameter model a dozen ways (sections 1 and 12), a quarter fine-tunes a small one twice
-# > (section 9). Cut `NUM_TOKENS`, `num_alphas` and `NUM_STEPS` to shrink it. No GPU is used, and
+# > **Low-resource box.** The notebook runs in about a minute on one CPU core: most of it rounds a
+# > 135M-parameter model a dozen ways (sections 1 and 12), and a few seconds fine-tune a small one
+# > twice (section 9). Cut `NUM_TOKENS`, `num_alphas` and `NUM_STEPS` to shrink it. No GPU is used, and
 # > nothing is downloaded while it runs.
 #
 # You need chapter 05 (a transformer) and, for section 9, the idea of chapter 08 (LoRA).
@@ -34,6 +34,7 @@ from figures import style
 from figures.stepper import Stepper
 from reference import quantization as Q
 from reference.kv_cache import DynamicCache, Int8Cache
+from reference.lora import LoRAConfig, LoRALinear, add_adapter
 from reference.pretrained import capture, corpus, load_smollm2, passage
 from reference.transformer import PRESETS, fused_causal_attention, llama_parameters, next_token_loss
 from reference.transformer.course_model import HELD_OUT, load_course_model
@@ -546,24 +547,12 @@ train, test = ids[:split], ids[split:]
 test = test[: len(test) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
 
 
-class LoRALinear(nn.Module):
-    """The same adapter on a float32 base, to compare with."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.weight = layer.weight
-        self.lora_A = nn.Parameter(torch.empty(RANK, layer.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(layer.out_features, RANK))
-        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
-
-    def forward(self, x):
-        return F.linear(x, self.weight) + Q.low_rank(x, self.lora_A, self.lora_B, scaling=2.0)
-
-
 def make_lora(model):
-    model.requires_grad_(False)
-    Q.replace_linears(model, LoRALinear)
+    add_adapter(model, config)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+config = LoRAConfig(rank=RANK, alpha=2.0 * RANK, targets="all-linear")
 
 
 @torch.no_grad()
@@ -589,7 +578,7 @@ def fine_tune(make):
     return tuned, losses
 
 
-methods = {"LoRA": make_lora, "QLoRA": partial(Q.make_qlora, rank=RANK, alpha=2.0 * RANK)}
+methods = {"LoRA": make_lora, "QLoRA": partial(Q.make_qlora, config=config)}
 tuned = {label: fine_tune(make) for label, make in methods.items()}
 
 # %% slideshow={"slide_type": "fragment"}
@@ -607,9 +596,10 @@ for label, (_, losses) in tuned.items():
 # %% slideshow={"slide_type": "fragment"}
 print(f"{'bytes':24s} {'LoRA':>10s} {'QLoRA':>10s}")
 base, trained = {}, {}
-for label, (model_, _) in tuned.items():
-    linear = [m for m in model_.modules() if hasattr(m, "lora_A")]
-    tensors = [t for m in linear for t in (*m.parameters(), *m.buffers())]
+for label, (each, _) in tuned.items():
+    kind = Q.QLoRALinear if label == "QLoRA" else LoRALinear
+    adapted = [m for m in each.modules() if isinstance(m, kind)]
+    tensors = [t for m in adapted for t in (*m.parameters(), *m.buffers())]
     base[label] = sum(t.nbytes for t in tensors if not t.requires_grad)
     trained[label] = sum(t.numel() for t in tensors if t.requires_grad)
 print(f"{'frozen linear layers':24s} {base['LoRA']:10,d} {base['QLoRA']:10,d}")
@@ -1047,7 +1037,7 @@ for label, paper, ours in rows:
 # 780 GB is 12 bytes a parameter: 16-bit weights and gradients and Adam's two moments, without the
 # float32 master weights that mixed precision adds (chapter 10). The last line does not agree, and
 # we do not know what else the paper's 5,048 MB hold: with embeddings in 16 bits, as QLoRA leaves
-# them, and 4.5 bits elsewhere we get less still. It stays an open question here.
+# them, and 4.5 bits elsewhere, we still get less. It stays an open question here.
 
 # %% slideshow={"slide_type": "fragment"}
 vocabulary = 2 * 32000 * 4096  # embedding and head
@@ -1103,7 +1093,7 @@ check("qlora_bytes")
 
 # %% slideshow={"slide_type": "fragment"}
 weight = kinds["normal numbers"][:64, :128]
-layer = Q.QLoRALinear(weight, is_double=False)
+layer = Q.QLoRALinear(nn.Linear(128, 64), LoRAConfig(rank=8, alpha=8.0), is_double=False)
 before = Q.dequantize(layer.quantized)
 after = Q.dequantize(layer.to(torch.bfloat16).quantized)
 stored = Q.quantize_4bit(weight)
@@ -1119,7 +1109,7 @@ print(f"scales cast to bfloat16 err by up to {100 * (cast / stored.absmax - 1).a
 # %% slideshow={"slide_type": "fragment"}
 layer = tuned["QLoRA"][0].layers[2].mlp.up_proj
 base_weight = Q.dequantize(layer.quantized)
-whole_update = (layer.scaling * layer.lora_B @ layer.lora_A).detach()
+whole_update = layer.adapter.delta().detach()
 print("update / weight   error of the merge / update")
 for factor in (1, 0.3, 0.1, 0.03):
     update = factor * whole_update
@@ -1128,7 +1118,8 @@ for factor in (1, 0.3, 0.1, 0.03):
     print(f"{size:15.3f} {(error / update.norm()).item():29.2f}")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# Keep the adapter beside the base, or merge into the dequantised weights and store 16 bits.
+# Four tenths of the trained update are lost, and of one a third as large nearly all. Keep the
+# adapter beside the base, or merge into the dequantised weights and store 16 bits.
 #
 # **Calibration that is not finite, blocks that do not divide.** Quantisers meet weights once, and a
 # silent error there lasts. The reference refuses early:
