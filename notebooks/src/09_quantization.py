@@ -8,8 +8,8 @@
 #
 # > **Low-resource box.** The notebook runs in about a minute on one CPU core: most of it rounds a
 # > 135M-parameter model a dozen ways (sections 1 and 12), and a few seconds fine-tune a small one
-# > twice (section 9). Cut `NUM_TOKENS`, `num_alphas` and `NUM_STEPS` to shrink it. No GPU is used, and
-# > nothing is downloaded while it runs.
+# > twice (section 9). Cut `NUM_TOKENS`, `num_alphas` and `NUM_STEPS` to shrink it. No GPU is used,
+# > and nothing is downloaded while it runs.
 #
 # You need chapter 05 (a transformer) and, for section 9, the idea of chapter 08 (LoRA).
 #
@@ -355,7 +355,7 @@ check("normal_float")
 # nearest to number / absmax, and two indices in a byte, the first in the high half. Blocks are cut
 # from the flat tensor and know nothing of rows. Step through the first eight weights of a block.
 
-# %% slideshow={"slide_type": "skip"}
+# %% slideshow={"slide_type": "fragment"}
 block = originals["model.layers.15.mlp.up_proj"].view(-1, 64)[0]
 stored = Q.quantize_4bit(block)
 ratio = block / stored.absmax
@@ -771,8 +771,8 @@ for (label, found), rounding in zip(searches.items(), (INT3, INT4), strict=True)
     print(f"{label}: alpha {found.alpha:.2f}; error on the page {plain:.3f} -> {awq:.3f}")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# The error that is left on another text than the calibration's: the scale is a property of the
-# layer, not of the sample. And the division by $s$ need not happen at run time: the norm before the
+# The page is another text than the calibration's, and the gain carries over: loud channels belong
+# to the model, not to the text. And the division by $s$ need not happen at run time: the norm before the
 # layer multiplies by its weight anyway.
 
 # %% slideshow={"slide_type": "fragment"}
