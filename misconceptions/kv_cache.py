@@ -153,6 +153,15 @@ def forgets_the_scale(chunks, w_q, w_k, w_v):
     return _cached(chunks, sharp, w_k, w_v, lambda n, total: _later(n, total, total - n))
 
 
+@misconception(
+    "cached_attention",
+    "Each token sees the one behind it as well: hide key j from query i where j > past + i.",
+    see=KEPT,
+)
+def shows_the_next_token(chunks, w_q, w_k, w_v):
+    return _cached(chunks, w_q, w_k, w_v, lambda new, total: _later(new, total, total - new + 1))
+
+
 @alternative("cached_attention")
 def fills_a_buffer(chunks, w_q, w_k, w_v):
     total, start, outputs = sum(map(len, chunks)), 0, []
@@ -293,6 +302,45 @@ def is_one_position_ahead(queries, keys):
     return _scores(queries, keys, step)
 
 
+@misconception(
+    "rotary_scores",
+    "Keys go on where the cache ends, queries begin at 0 again. A token's query and key stand at "
+    "the same place.",
+    see=POSITIONS,
+)
+def restarts_the_queries(queries, keys):
+    def step(q, k, cached, past):
+        cached = _join(cached, _rotate(k, torch.arange(past, past + len(k))))
+        return _rotate(q, torch.arange(len(q))), cached, cached
+
+    return _scores(queries, keys, step)
+
+
+@misconception(
+    "rotary_scores",
+    "All keys are rotated at the newest position. Each keeps its own: the score depends on how far "
+    "the two are apart.",
+    see=POSITIONS,
+)
+def rotates_all_keys_at_the_newest(queries, keys):
+    def step(q, k, cached, past):
+        cached = _join(cached, k)
+        newest = torch.full((len(cached),), len(cached) - 1)
+        return _rotate(q, torch.arange(past, past + len(q))), cached, _rotate(cached, newest)
+
+    return _scores(queries, keys, step)
+
+
+@misconception(
+    "rotary_scores",
+    "The scores are not divided by sqrt(d).",
+    see=POSITIONS,
+)
+def forgets_to_scale_the_scores(queries, keys):
+    root = math.sqrt(queries[0].shape[1])
+    return [s * root for s in rotates_all_keys_first(queries, keys)]
+
+
 @alternative("rotary_scores")
 def rotates_all_keys_first(queries, keys):
     sizes = [len(k) for k in keys]
@@ -423,6 +471,37 @@ def lets_the_padding_ask(prompts, pad_id):
     return _batch(prompts, pad_id, mask=mask)
 
 
+@misconception(
+    "prefill_batch",
+    "Positions of the padding are negative. Nobody looks at them, but a table of positions has no "
+    "such row: here they are 0.",
+    see=RAGGED,
+)
+def gives_the_padding_negative_positions(prompts, pad_id):
+    return _batch(prompts, pad_id, positions=lambda t, padding, columns: columns - padding)
+
+
+@misconception(
+    "prefill_batch",
+    "Queries and keys are swapped in the mask: a row of [b, i, j] is a query, and it sees the keys "
+    "j <= i.",
+    see=RAGGED,
+)
+def swaps_queries_and_keys(prompts, pad_id):
+    batch = _batch(prompts, pad_id)
+    return batch | {"mask": batch["mask"].mT.contiguous()}
+
+
+@misconception(
+    "prefill_batch",
+    "Your mask says what is hidden. Here True means that the key is seen.",
+    see=RAGGED,
+)
+def inverts_the_mask(prompts, pad_id):
+    batch = _batch(prompts, pad_id)
+    return batch | {"mask": ~batch["mask"]}
+
+
 @alternative("prefill_batch")
 def with_loops(prompts, pad_id):
     longest, rows = max(len(p) for p in prompts), len(prompts)
@@ -551,6 +630,15 @@ def uses_one_length_for_all(keys, values, lengths, q, k, v):
     return _static(keys, values, longest, q, k, v)
 
 
+@misconception(
+    "static_step",
+    "The scores are not divided by sqrt(d).",
+    see=STATIC,
+)
+def leaves_the_scores_unscaled(keys, values, lengths, q, k, v):
+    return _static(keys, values, lengths, q * math.sqrt(q.shape[1]), k, v)
+
+
 @alternative("static_step")
 def row_by_row(keys, values, lengths, q, k, v):
     keys, values, outputs = keys.clone(), values.clone(), []
@@ -632,6 +720,25 @@ def counts_whole_laps(num_tokens, window):
 def counts_empty_slots(num_tokens, window):
     last = num_tokens - 1
     return [last - (last - slot) % window for slot in range(window)]
+
+
+@misconception(
+    "ring_positions",
+    "You list the newest first. The list goes by slots: slot 0, slot 1, ...",
+    see=ROLLING,
+)
+def lists_the_newest_first(num_tokens, window):
+    return list(range(max(0, num_tokens - window), num_tokens))[::-1]
+
+
+@misconception(
+    "ring_positions",
+    "The window is turned the wrong way: the oldest token lies behind the newest, not in slot 0.",
+    see=ROLLING,
+)
+def turns_the_wrong_way(num_tokens, window):
+    held, cut = keeps_the_window_in_order(num_tokens, window), num_tokens % window
+    return held if num_tokens <= window else held[cut:] + held[:cut]
 
 
 @alternative("ring_positions")
@@ -865,6 +972,38 @@ def copies_for_the_last_holder(num_blocks, block_size, operations):
 
 @misconception(
     "paged_memory",
+    "The copy is reported the wrong way round: from the shared block to the new one.",
+    see=PAGES,
+)
+def copies_backwards(num_blocks, block_size, operations):
+    class Backwards(_Blocks):
+        def state(self, copy, done):
+            return super().state(copy and copy[::-1], done)
+
+    return Backwards(num_blocks, block_size).play(operations)
+
+
+@misconception(
+    "paged_memory",
+    "Your fork only copies the list, and nobody counts: shared blocks are written to in place, and "
+    "freed by the first who leaves.",
+    see=PAGES,
+)
+def forks_without_counting(num_blocks, block_size, operations):
+    class Careless(_Blocks):
+        def is_copied(self, name):
+            return False
+
+        def remove(self, name):
+            self.free |= set(self.tables.pop(name))
+            del self.tokens[name]
+            return True, None
+
+    return Careless(num_blocks, block_size).play(operations)
+
+
+@misconception(
+    "paged_memory",
     "A shared block that is full is copied though nothing is written to it: the token goes to a "
     "new block.",
     see=PAGES,
@@ -1072,6 +1211,16 @@ def waits_for_all_places(output_lengths, max_batch):
     batches = range(0, len(output_lengths), max_batch)
     slow = sum(max(output_lengths[i : i + max_batch]) for i in batches)
     return _served(output_lengths, max_batch, continuous=slow)
+
+
+@misconception(
+    "serving_iterations",
+    "You divide places by tokens. How full they are is tokens over places, at most 1.",
+    see=SERVING,
+)
+def divides_places_by_tokens(output_lengths, max_batch):
+    right = _served(output_lengths, max_batch)
+    return right | {key: 1 / right[key] for key in ("static_use", "continuous_use")}
 
 
 @alternative("serving_iterations")
@@ -1298,6 +1447,37 @@ def forgets_causality(prompt, new, layers, attention, mlp, width):
 )
 def trains_without_backward(prompt, new, layers, attention, mlp, width):
     return _flops(prompt, new, layers, attention, mlp, width, training=lambda w, c: w(prompt + new))
+
+
+@misconception(
+    "generation_flops",
+    "You count multiply-adds. A product-sum is 2 FLOPs.",
+    see=COST,
+)
+def counts_multiply_adds(prompt, new, layers, attention, mlp, width):
+    right = _flops(prompt, new, layers, attention, mlp, width)
+    return {key: value // 2 for key, value in right.items()}
+
+
+@misconception(
+    "generation_flops",
+    "You leave out the prompt's pass. The cache has to be filled before it helps.",
+    see=COST,
+)
+def forgets_the_prefill(prompt, new, layers, attention, mlp, width):
+    right = _flops(prompt, new, layers, attention, mlp, width)
+    pairs = prompt * (prompt + 1) // 2
+    prefill = layers * (2 * prompt * (attention + mlp) + 4 * width * pairs)
+    return right | {"cached": right["cached"] - prefill}
+
+
+@misconception(
+    "generation_flops",
+    "That is one layer. There are num_layers of them.",
+    see=COST,
+)
+def counts_a_single_layer(prompt, new, layers, attention, mlp, width):
+    return _flops(prompt, new, 1, attention, mlp, width)
 
 
 @alternative("generation_flops")
