@@ -181,7 +181,7 @@ class NotRotated(kv.DynamicCache):
         return super().update(k, v, layer)
 
 
-def surprise(cache, position=lambda t: t, prompt=32, text=held_out[:160]):
+def surprise(cache, position=lambda t: t, prompt=32, text=held_out[:128]):
     """Mean surprise, in nats, of the tokens after the prompt, given one by one."""
     logits = [course(text[None, :prompt], cache=cache, num_logits=1)[:, -1]]
     for t in range(prompt, len(text) - 1):
@@ -346,9 +346,9 @@ print(
 )
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# From 16 tokens on nothing is lost here. Each of four layers looks one window further back than the
-# one below it, and this small model makes little of what is older. A large one does; it is trained
-# with its window.
+# At 64 tokens nothing is lost here, and at 16 little: each of four layers looks one window further
+# back than the one below it, and this small model makes little of what is older. A large one makes
+# more of it, and is trained with its window.
 
 # %% [markdown] slideshow={"slide_type": "skip"}
 # **Exercise `ring_positions`** (derive, 10 minutes, difficulty 2 of 3).
@@ -712,16 +712,16 @@ table(*rows)
 # scale for each row of 64. How often does SmolLM2 change its mind about the next token?
 
 # %% slideshow={"slide_type": "fragment"}
-results = {}
+page, results = ids[:200], {}
 for name, cache in (("float32", kv.DynamicCache()), ("int8", kv.Int8Cache())):
-    logits = smollm2(ids[None], cache=cache)[0]
-    surprise_here = F.cross_entropy(logits[:-1], ids[1:]).item()
+    logits = smollm2(page[None], cache=cache)[0]
+    surprise_here = F.cross_entropy(logits[:-1], page[1:]).item()
     results[name] = (logits.argmax(-1), cache.nbytes, surprise_here)
 same = (results["float32"][0] == results["int8"][0]).float().mean().item()
 for name, (_, nbytes, loss) in results.items():
     print(f"{name:8} {nbytes / 1e6:5.2f} MB, surprise {loss:.2f} nats")
-print(f"the most likely token is the same for {100 * same:.0f} % of {len(ids)} positions")
-k = capture_attention(theirs, ids[None], layer=0).k
+print(f"the most likely token is the same for {100 * same:.0f} % of {len(page)} positions")
+k = capture_attention(theirs, ids[None, :128], layer=0).k
 for name, dim in (("each token's row", -1), ("each channel", -2)):
     error = (kv.dequantize(*kv.quantize_rows(k, dim)) - k).norm() / k.norm()
     print(f"layer 0, a scale for {name}: error of the keys {100 * error:.2f} %")
