@@ -597,6 +597,20 @@ def a_byte_for_each_code(matrices, rank, block_size=64, outer_block_size=256):
     return _bytes(matrices, rank, block_size, outer_block_size, bits=8)
 
 
+@misconception(
+    "qlora_bytes",
+    "You count the outer blocks of all matrices together. Each matrix is stored by itself, with "
+    "its own last, shorter block and its own mean.",
+    see=DOUBLE,
+)
+def joins_the_matrices(matrices, rank, block_size=64, outer_block_size=256):
+    answer = _bytes(matrices, rank, block_size, outer_block_size)
+    blocks = sum(n * d * count for n, d, count in matrices) // block_size
+    if outer_block_size is not None:
+        answer["scales"] = blocks + 4 * -(-blocks // outer_block_size) + 4
+    return answer
+
+
 @alternative("qlora_bytes")
 def matrix_after_matrix(matrices, rank, block_size=64, outer_block_size=256):
     answer = {"codes": 0, "scales": 0, "adapters": 0, "gradients": 0, "optimizer": 0}
@@ -659,6 +673,18 @@ def gradients_flow_into_the_four_bit_weights(
 ):
     right = _back(grad_y, x, packed, absmax, levels, lora_A, lora_B, scaling)
     return right[0], grad_y.mT @ x, None, right[3], right[4]
+
+
+@misconception(
+    "qlora_backward",
+    "You return zeros for what is frozen. A gradient of zeros takes as much memory as any other, "
+    "and an optimizer with weight decay would act on it: the entries are None.",
+    see=COMPUTE,
+)
+def zeros_for_what_is_frozen(grad_y, x, packed, absmax, levels, lora_A, lora_B, scaling):
+    right = _back(grad_y, x, packed, absmax, levels, lora_A, lora_B, scaling)
+    zeros = torch.zeros(len(lora_B), x.shape[1], dtype=x.dtype)
+    return right[0], zeros, torch.zeros_like(absmax), right[3], right[4]
 
 
 @misconception(

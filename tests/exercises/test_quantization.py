@@ -197,7 +197,8 @@ class TestQuantizeBlocks:
         """builds no tensor of 16 values for each number"""
         x, levels = randn(4096, rng=rng), _levels(rng)
         with largest_new_tensor() as spy:
-            student.quantize_blocks(x, levels, 64)
+            _, absmax = student.quantize_blocks(x, levels, 64)
+        expect.close(absmax, x.view(-1, 64).abs().amax(1), "absmax of 4,096 numbers")
         expect.true(
             spy.bytes <= 4096 * 8,
             f"For 4,096 numbers the largest tensor that you make has shape {spy.shape}: "
@@ -513,10 +514,12 @@ class TestTiledLinear:
     def test_memory(self, student, rng):
         """unpacks no more than a tile at a time"""
         rows, columns, block_size, tile = 64, 48, 16, 4
-        packed, absmax, levels, _ = _storage(rng, rows * columns, block_size)
+        packed, absmax, levels, values = _storage(rng, rows * columns, block_size)
         x = randn(3, columns, rng=rng)
         with largest_new_tensor() as spy:
-            student.tiled_linear(x, packed, absmax, levels, rows, tile)
+            got = student.tiled_linear(x, packed, absmax, levels, rows, tile)
+        expected = (x.double() @ values.view(rows, columns).mT).float()
+        expect.close(got, expected, f"the output for {rows} rows")
         allowed = 8 * (tile * columns + 2 * block_size)
         expect.true(
             spy.bytes <= allowed,
