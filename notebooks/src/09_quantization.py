@@ -772,8 +772,8 @@ for (label, found), rounding in zip(searches.items(), (INT3, INT4), strict=True)
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # The page is another text than the calibration's, and the gain carries over: loud channels belong
-# to the model, not to the text. And the division by $s$ need not happen at run time: the norm before the
-# layer multiplies by its weight anyway.
+# to the model, not to the text. And the division by $s$ need not happen at run time, since the norm
+# before the layer multiplies by its weight anyway.
 
 # %% slideshow={"slide_type": "fragment"}
 norm = model.model.layers[12].post_attention_layernorm
