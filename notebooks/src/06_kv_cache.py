@@ -226,7 +226,7 @@ real = scores.double().exp().sum(1, keepdim=True)
 lost = empty / (real + empty)  # a zero key has score 0, and exp(0) = 1
 figure, ax = plt.subplots()
 ax.plot(empty, 100 * lost.T, color=GREY, lw=1)
-ax.text(1100, 91, "grey: each head", color="0.35")
+ax.text(1100, 70, "grey: each head", color="0.35")
 ax.plot(empty, 100 * lost.mean(0), "o-", color=RED, label="mean of 9 heads")
 ax.set(
     xlabel="empty rows behind 128 tokens", ylabel="% of the weight that zeros get", ylim=(0, 100)
@@ -838,12 +838,15 @@ print(repr(tokenizer.decode(ours[2])))
 prompts = [held_out[:23], held_out[200:207], held_out[400:401]]
 plain = kv.generate(course, prompts, 40)
 names = [kv.Request(str(i), tuple(p.tolist()), 40) for i, p in enumerate(prompts)]
-answers_paged, _ = kv.serve(course, names, paged_cache(30, 4), max_batch=3)
+answers_paged, history = kv.serve(course, names, paged_cache(30, 4), max_batch=3)
 for name, got in (
     ("static", kv.generate(course, prompts, 40, cache=kv.StaticCache(64))),
     ("rolling, window 64", kv.generate(course, prompts, 40, cache=kv.RollingCache(64))),
     ("prefill in chunks of 5", kv.generate(course, prompts, 40, chunk_size=5)),
-    ("paged, preempted", torch.tensor([answers_paged[r.name] for r in names])),
+    (
+        f"paged, {sum(i.num_preempted for i in history)} preemptions",
+        torch.tensor([answers_paged[r.name] for r in names]),
+    ),
     ("int8", kv.generate(course, prompts, 40, cache=kv.Int8Cache())),
 ):
     print(f"{name:24} tokens that are the same: {100 * (got == plain).float().mean():.0f} %")
