@@ -615,8 +615,8 @@ print("codes untouched by training:", torch.equal(codes_before, codes_after))
 # has a mean and a short last outer block of its own.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
-# **Question.** And the real one? SmolLM2's 210 linear layers go to four bits, and lose. Six steps of
-# QLoRA on one row of the licence each: how much comes back?
+# **Question.** And the real one? SmolLM2's 210 linear layers go to four bits, and lose. Six steps
+# of QLoRA on one row of the licence each: how much comes back?
 
 # %% slideshow={"slide_type": "fragment"}
 ids = tokenizer(licence, return_tensors="pt").input_ids[0]
