@@ -20,12 +20,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from reference.parallel.data_parallel import BUCKET_BYTES, divide
 from reference.parallel.ranks import Comm, to_device, to_host
 from reference.parallel.zero.flat import FlatLayout, layout_of
 from reference.parallel.zero.reduction import GradientReducer, clip_shards
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-BUCKET_BYTES = 25 * 2**20
 
 
 class Bucket:
@@ -111,11 +111,10 @@ class Zero:
     """Data parallel training of `model` over `comm` at ZeRO stage 0, 1 or 2.
 
     Use: `loss.backward()`, then `zero.step()`, which also clears the gradients. Parameters become
-    views of flat buckets of at most `bucket_bytes`, in reverse order, as backward needs them; all
-    ranks start from those of rank 0. `make_optimizer` gets float32 masters: of everything at stage
-    0, else of this rank's parts; it must be elementwise (Adam, SGD, not LAMB or Muon). With
-    `offload`, masters and states live in the host's memory, and only gradients and updated
-    parameters travel.
+    views of flat buckets of `bucket_bytes`, in the order in which backward fills them; all ranks
+    start from those of rank 0. `make_optimizer` gets float32 masters: of everything at stage 0,
+    else of this rank's parts; it must be elementwise (Adam, SGD, not LAMB or Muon). With `offload`,
+    masters and states live in the host's memory, and only gradients and updated parameters travel.
 
     Raises: ValueError for another stage, no parameters, mixed dtypes, or a bucket size below 1.
     """
@@ -190,19 +189,7 @@ class Zero:
 
 
 def _divide(model: nn.Module, bucket_bytes: int) -> list[list[tuple[str, nn.Parameter]]]:
-    """Parameters from the last to the first, cut where a bucket would become too large."""
-    if bucket_bytes < 1:
-        raise ValueError(f"bucket_bytes: expected at least 1, got {bucket_bytes}")
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    dtypes = {parameter.dtype for _, parameter in named}
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if len(dtypes) != 1:
         raise ValueError(f"model: expected parameters of one dtype, got {dtypes or 'none'}")
-    buckets: list[list[tuple[str, nn.Parameter]]] = []
-    room = 0
-    for name, parameter in reversed(named):
-        if not buckets or parameter.nbytes > room:
-            buckets.append([])
-            room = bucket_bytes
-        buckets[-1].append((name, parameter))
-        room -= parameter.nbytes
-    return buckets
+    return divide(model.named_parameters(), bucket_bytes)
