@@ -548,7 +548,8 @@ ax.plot(counts, times, "o-")
 ax.axhline(alone, color="0.5", lw=1, ls="--")
 ax.text(1, alone + 4, "computing alone", color="0.35")
 ax.set(xlabel="number of buckets", ylabel="step on 4 ranks (µs)", xscale="log",
-       ylim=(alone - 15, None), xticks=[1, 2, 5, 10, 20, 40], xticklabels=["1", "2", "5", "10", "20", "40"])  # fmt: skip
+       ylim=(alone - 15, None), xticks=[1, 2, 5, 10, 20, 40],
+       xticklabels=["1", "2", "5", "10", "20", "40"])  # fmt: skip
 ax.minorticks_off()
 plt.show()
 best = min(range(len(times)), key=times.__getitem__)
