@@ -6,9 +6,10 @@ products, convolutions and attention, two for a multiply and add.
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from torch.utils.weak import WeakIdKeyDictionary
 
 from reference.parallel.ranks.memory import MemoryLedger
 
@@ -33,7 +33,7 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.memory, self._on_flops = memory, on_flops
         self.is_paused, self.is_counting = False, False
-        self._hooks: Any = WeakIdKeyDictionary()
+        self._hooks: dict[int, Any] = {}
 
     def __enter__(self) -> Any:
         _of_this_thread.meter, self.is_counting = self, True
@@ -66,37 +66,44 @@ class Meter(TorchDispatchMode):
         out = func(*args, **kwargs)
         if self.is_paused:
             return out
-        given = list(_flat(args))
-        for tensor in given:
-            if isinstance(tensor, nn.Parameter):
-                self._see_parameter(tensor)
-        flops = _flops(func, args, kwargs, out)
-        if flops:
-            self._on_flops(flops)
-        self._see_output(func, given, out)
+        for value in args:
+            if isinstance(value, list | tuple):
+                for tensor in _flat(value):
+                    self._see_input(tensor)
+            elif type(value) is not Tensor and isinstance(value, Tensor):
+                self._see_input(value)
+        plan = _plans.get(id(func)) or _plan(func)
+        if plan.flops is not None:
+            self._on_flops(plan.flops(args, kwargs, out))
+        if plan.makes_storages:
+            for tensor in (out,) if isinstance(out, Tensor) else _flat((out,)):
+                self._see_output(func, args, tensor)
         return out
 
-    def _see_output(self, func: Any, given: list[Tensor], out: Any) -> None:
-        known = None
-        for tensor in _flat((out,)):
-            key = _key(tensor)
-            if key is None:
-                continue
-            if not self.memory.knows(key) and func is not aten.lift_fresh.default:
-                # A view of a tensor from outside of the run stays outside.
-                known = {_key(t) for t in given} if known is None else known
-                if key in known:
-                    continue
-            self.memory.watch(tensor)
+    def _see_input(self, tensor: Tensor) -> None:
+        if isinstance(tensor, nn.Parameter):
+            self._see_parameter(tensor)
+
+    def _see_output(self, func: Any, args: tuple[Any, ...], tensor: Tensor) -> None:
+        key = _key(tensor)
+        if key is None:
+            return
+        if not self.memory.knows(key) and func is not aten.lift_fresh.default:
+            # A view of a tensor from outside of the run stays outside.
+            if any(_key(given) == key for given in _flat(args)):
+                return
+        self.memory.watch(tensor)
 
     def _see_parameter(self, parameter: nn.Parameter) -> None:
         key = _key(parameter)
         if key is None:
             return
         self.memory.watch(parameter, "parameters")
-        if parameter.requires_grad and parameter not in self._hooks:
+        if parameter.requires_grad and id(parameter) not in self._hooks:
             hook = parameter.register_post_accumulate_grad_hook(self._see_gradient)
-            self._hooks[parameter] = hook
+            forget = weakref.finalize(parameter, self._hooks.pop, id(parameter), None)
+            forget.atexit = False
+            self._hooks[id(parameter)] = hook
 
     def _see_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None and not self.is_paused:
@@ -126,16 +133,31 @@ def optimizer_states_labelled() -> Iterator[None]:
             hook.remove()
 
 
-def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
+class _Plan(NamedTuple):
+    """What is to be done after an operation."""
+
+    makes_storages: bool
+    flops: Callable[[tuple[Any, ...], dict[str, Any], Any], float] | None
+
+
+def _plan(func: Any) -> _Plan:
+    plan = _plans[id(func)] = _Plan(not func.is_view, _flops_of(func))
+    return plan
+
+
+_plans: dict[int, _Plan] = {}  # by id: operations live for ever, and hash slowly
+
+
+def _flops_of(func: Any) -> Callable[[tuple[Any, ...], dict[str, Any], Any], float] | None:
     packet = func._overloadpacket
     if packet in flop_registry:
-        return flop_registry[packet](*args, **kwargs, out_val=out)
+        return lambda args, kwargs, out: flop_registry[packet](*args, **kwargs, out_val=out)
     # FlopCounterMode leaves these two out.
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:
-        return sdpa_flop_count(*(t.shape for t in args[:3]))
+        return lambda args, kwargs, out: sdpa_flop_count(*(t.shape for t in args[:3]))
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return sdpa_backward_flop_count(*(t.shape for t in args[:4]))
-    return 0
+        return lambda args, kwargs, out: sdpa_backward_flop_count(*(t.shape for t in args[:4]))
+    return None
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
