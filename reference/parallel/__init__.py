@@ -1,4 +1,6 @@
 """Training on many devices.
 
-ranks   the simulated machine: one program on N ranks, with ledgers, and the same on real processes
+ranks           the simulated machine: one program on N ranks, and the same on real processes
+data_parallel   other rows on each rank: all-reduce, DDP, restarts
+zero            the same, with each rank holding a part: ZeRO and FSDP
 """
