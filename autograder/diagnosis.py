@@ -55,8 +55,9 @@ def diagnose(
 def replay(calls: list[Call], namespace: Namespace) -> float | None:
     """The largest distance between recorded and replayed outcomes; None if any differs.
 
-    A call that raised in the student's code says little about values, so it is passed over unless
-    the candidate raises the same; at least one call must agree.
+    A call that raised in the student's code says little about values, so it is passed over, unless
+    the candidate raises as well: the same agrees, another type of error differs. At least one call
+    must agree.
     """
     return _replay([(call, b"%d" % i) for i, call in enumerate(calls)], namespace, "", Memory())
 
@@ -73,6 +74,8 @@ def _replay(
                 return None
         outcome = memory.outcomes[name, key]
         if isinstance(call.outcome, Raised):
+            if isinstance(outcome, Raised) and outcome.error_type != call.outcome.error_type:
+                return None
             gaps += [0.0] if outcome == call.outcome else []
             continue
         if isinstance(outcome, Raised):

@@ -20,7 +20,11 @@ class Returned:
 
 @dataclass(frozen=True)
 class Raised:
-    error: str
+    error: str  # type and message
+
+    @property
+    def error_type(self) -> str:
+        return self.error.partition(":")[0]
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,23 @@ def climbs_a_tree(comm, parts):
     return [tree_all_reduce(comm, part) for part in parts]
 
 
+@misconception(
+    "ring_all_reduce",
+    "Your rounds have N steps each. After N-1 a part has met every rank; in one more it meets the "
+    "first again.",
+    see=MESSAGES,
+)
+def takes_a_step_too_many(comm, parts):
+    n, parts = comm.size, [part.clone() for part in parts]
+    for step in range(2 * n):
+        own = parts[(comm.rank - step - 1) % n]
+        sending = comm.isend(parts[(comm.rank - step) % n], (comm.rank + 1) % n)
+        arriving = comm.recv(torch.empty_like(own), (comm.rank - 1) % n)
+        sending.wait()
+        own.copy_(own + arriving if step < n else arriving)
+    return parts
+
+
 @alternative("ring_all_reduce")
 def in_two_rounds(comm, parts):
     return _round(comm, _round(comm, parts, True), False, first=1)
@@ -255,6 +272,33 @@ def star_hears_all_at_once(*given):
     return _seconds(*given, star=lambda n, b, levels: (2 * min(1, n - 1), b))
 
 
+@misconception(
+    "all_reduce_seconds",
+    "You round the levels of the tree down. Five ranks need three levels: the fifth has to get in.",
+    see=COST,
+)
+def rounds_levels_down(*given):
+    return _seconds(*given, tree=lambda n, b, levels: (2 * int(math.log2(n)), b))
+
+
+@misconception(
+    "all_reduce_seconds",
+    "Your star only gathers: the sum must be sent to each rank again.",
+    see=COST,
+)
+def star_only_gathers(*given):
+    return _seconds(*given, star=lambda n, b, levels: (n - 1, b))
+
+
+@misconception(
+    "all_reduce_seconds",
+    "You take the ring's bytes, 2 (N-1)/N B, for every algorithm.",
+    see=COST,
+)
+def takes_the_ring_for_all(algorithm, n, b, latency, bandwidth):
+    return _seconds("ring", n, b, latency, bandwidth)
+
+
 @alternative("all_reduce_seconds")
 def adds_latency_and_transfer(algorithm, n, b, latency, bandwidth):
     levels = (n - 1).bit_length()
@@ -338,6 +382,26 @@ def takes_the_node_for_the_gpu(rank, world_size, gpus_per_node, num_rows):
 def takes_blocks(rank, world_size, gpus_per_node, num_rows):
     size = num_rows // world_size
     return rank % gpus_per_node, list(range(rank * size, (rank + 1) * size))
+
+
+@misconception(
+    "place_of_rank",
+    "You give each rank a block of neighbouring rows. Ranks take turns: rank, rank + N, rank + 2N.",
+    see=NAMES,
+)
+def takes_blocks_rounded_up(rank, world_size, gpus_per_node, num_rows):
+    size = -(-num_rows // world_size)
+    return rank % gpus_per_node, list(range(num_rows))[rank * size : (rank + 1) * size]
+
+
+@misconception(
+    "place_of_rank",
+    "You drop the last, incomplete round: each row is to be taken once.",
+    see=NAMES,
+)
+def drops_the_last_round(rank, world_size, gpus_per_node, num_rows):
+    whole = num_rows - num_rows % world_size
+    return rank % gpus_per_node, list(range(rank, whole, world_size))
 
 
 @alternative("place_of_rank")
@@ -464,6 +528,38 @@ def divides_by_ranks_only(comm, weight, rows, targets):
     return weight, comm.all_reduce(_total(weight, rows, targets), "mean")
 
 
+@misconception(
+    "mean_gradient",
+    "The factor 2 is missing: it comes from the square.",
+    see=DATA_PARALLEL,
+)
+def forgets_the_factor_of_the_square(comm, weight, rows, targets):
+    weight = comm.broadcast(weight.clone(), src=0)
+    sums = comm.all_reduce(torch.cat([_total(weight, rows, targets) / 2, _count(rows)]))
+    return weight, sums[:-1] / sums[-1]
+
+
+@misconception(
+    "mean_gradient",
+    "You return the gradient of the sum over rows: divide by the number of all rows.",
+    see=DATA_PARALLEL,
+)
+def returns_the_sum(comm, weight, rows, targets):
+    weight = comm.broadcast(weight.clone(), src=0)
+    return weight, comm.all_reduce(_total(weight, rows, targets))
+
+
+@misconception(
+    "mean_gradient",
+    "Each rank computes with its own weight, and you take the mean of means: the first broadcast "
+    "is missing, and rows of small batches count more.",
+    see=DATA_PARALLEL,
+)
+def averages_means_without_a_broadcast(comm, weight, rows, targets):
+    mean = _total(weight, rows, targets) / len(rows)
+    return weight.clone(), comm.all_reduce(mean, "mean")
+
+
 @alternative("mean_gradient")
 def weighs_means_by_rows(comm, weight, rows, targets):
     weight = comm.broadcast(weight.clone(), src=0)
@@ -584,6 +680,44 @@ def has_a_large_first_bucket(sizes, bucket_bytes, first_bucket_bytes):
 )
 def closes_above_the_limit(sizes, bucket_bytes, first_bucket_bytes):
     return _fill(_backwards(sizes), sizes, bucket_bytes + 1, first_bucket_bytes + 1)
+
+
+@misconception(
+    "assign_buckets",
+    "You open a bucket as soon as one is full, also where nothing is left: an empty bucket at the "
+    "end is an all-reduce of nothing.",
+    see=BUCKETS,
+)
+def leaves_an_empty_bucket(sizes, bucket_bytes, first_bucket_bytes):
+    buckets, held = [[]], 0
+    for i in _backwards(sizes):
+        buckets[-1].append(i)
+        held += sizes[i]
+        if held >= (first_bucket_bytes if len(buckets) == 1 else bucket_bytes):
+            buckets.append([])
+            held = 0
+    return buckets
+
+
+@misconception(
+    "assign_buckets",
+    "The last bucket, which is not full, gets lost, and the first layers' gradients with it.",
+    see=BUCKETS,
+)
+def loses_the_last_bucket(sizes, bucket_bytes, first_bucket_bytes):
+    buckets = leaves_an_empty_bucket(sizes, bucket_bytes, first_bucket_bytes)
+    return buckets[:-1]
+
+
+@misconception(
+    "assign_buckets",
+    "Your indices count from the end. They are indices into `sizes`, in which the last layer has "
+    "the highest.",
+    see=BUCKETS,
+)
+def counts_from_the_end(sizes, bucket_bytes, first_bucket_bytes):
+    buckets = _fill(_backwards(sizes), sizes, bucket_bytes, first_bucket_bytes)
+    return [[len(sizes) - 1 - i for i in bucket] for bucket in buckets]
 
 
 @alternative("assign_buckets")
@@ -726,6 +860,49 @@ def computes_the_last_dx(comm, weights, inputs, grad):
     return [handle.wait() for handle in handles]
 
 
+@misconception(
+    "overlapped_backward",
+    "You divide twice: by hand, and in the mean.",
+    see=OVERLAP,
+)
+def divides_twice(comm, weights, inputs, grad):
+    handles = []
+    for i in reversed(range(len(weights))):
+        gradient = grad.T @ inputs[i] / comm.size
+        handles.insert(0, comm.all_reduce(gradient, "mean", async_op=True))
+        if i > 0:
+            grad = grad @ weights[i]
+    return [handle.wait() for handle in handles]
+
+
+@misconception(
+    "overlapped_backward",
+    "You go on to dx before you have used dy: the layer's dW then takes the gradient of its input.",
+    see=OVERLAP,
+)
+def overwrites_dy_too_early(comm, weights, inputs, grad):
+    handles = []
+    for i in reversed(range(len(weights))):
+        if i > 0:
+            grad = grad @ weights[i]
+        handles.insert(0, comm.all_reduce(grad.T @ inputs[i], "mean", async_op=True))
+    return [handle.wait() for handle in handles]
+
+
+@misconception(
+    "overlapped_backward",
+    "Your dW is transposed: y = x W^T, so W has a row for each output, and dW = dy^T x.",
+    see=OVERLAP,
+)
+def transposes_dw(comm, weights, inputs, grad):
+    handles = []
+    for i in reversed(range(len(weights))):
+        handles.insert(0, comm.all_reduce(inputs[i].T @ grad, "mean", async_op=True))
+        if i > 0:
+            grad = grad @ weights[i]
+    return [handle.wait() for handle in handles]
+
+
 @alternative("overlapped_backward")
 def computes_dx_before_dw(comm, weights, inputs, grad):
     handles = [None] * len(weights)
@@ -824,6 +1001,25 @@ def overwrites(comm, gradient_of, micro_batches):
 )
 def stays_at_home(comm, gradient_of, micro_batches):
     return sum(map(gradient_of, micro_batches)) / len(micro_batches)
+
+
+@misconception(
+    "accumulated_gradient",
+    "You add everything up and divide by nothing.",
+    see=ACCUMULATION,
+)
+def divides_by_nothing(comm, gradient_of, micro_batches):
+    return comm.all_reduce(sum(map(gradient_of, micro_batches)))
+
+
+@misconception(
+    "accumulated_gradient",
+    "You divide by the number of ranks twice: by hand, and in the mean.",
+    see=ACCUMULATION,
+)
+def divides_by_ranks_twice(comm, gradient_of, micro_batches):
+    mean = sum(map(gradient_of, micro_batches)) / len(micro_batches)
+    return comm.all_reduce(mean, "mean") / comm.size
 
 
 @alternative("accumulated_gradient")
@@ -932,6 +1128,17 @@ def returns_standard_deviations(comm, x):
     sums = comm.all_reduce(torch.cat([x.sum(0), x.square().sum(0), x.new_tensor([len(x)])]))
     mean, square = (sums[:-1] / sums[-1]).chunk(2)
     return mean, (square - mean.square()).clamp(min=0).sqrt()
+
+
+@misconception(
+    "batch_statistics",
+    "You gather all rows. That is the whole batch on every rank, which data parallelism is there "
+    "to avoid, and it asks for equally many rows. Sums are enough.",
+    see=BATCH_NORM,
+)
+def gathers_all_rows(comm, x):
+    rows = comm.all_gather(x)
+    return rows.mean(0), rows.var(0, unbiased=False)
 
 
 @alternative("batch_statistics")
@@ -1064,6 +1271,16 @@ def averages_weights_at_the_end(comm, weight, gradients, lr):
         weight = weight - lr * gradient
     steps = int(comm.all_reduce(torch.tensor(len(gradients)), "max"))
     return comm.all_reduce(weight.clone(), "mean"), steps
+
+
+@misconception(
+    "train_until_all_are_done",
+    "You count the round in which everybody is done as a step.",
+    see=UNEVEN,
+)
+def counts_the_last_round(comm, weight, gradients, lr):
+    weight, steps = divides_by_those_present(comm, weight, gradients, lr)
+    return weight, steps + 1
 
 
 @alternative("train_until_all_are_done")

@@ -109,6 +109,20 @@ def test_replay_needs_a_call_that_agrees():
     assert replay([call], {"f": refuses}) == 0.0
 
 
+def test_replay_takes_another_error_for_another_mistake():
+    """Both crash, and both are right where there is nothing to do: that is no likeness."""
+
+    def crashes(x):
+        if len(x):
+            raise IndexError("no")
+        return x
+
+    trivial = Call("f", (torch.ones(0),), {}, Returned(torch.ones(0)))
+    for error, expected in (("IndexError: other words", 0.0), ("ValueError: no", None)):
+        calls = [trivial, Call("f", (torch.ones(2),), {}, Raised(error))]
+        assert replay(calls, {"f": crashes}) == expected
+
+
 def test_replay_gives_each_candidate_fresh_inputs():
     x = torch.ones(2)
     call = Call("f", (x,), {}, Returned(torch.full((2,), 2.0)))

@@ -156,8 +156,8 @@ class TestAllReduceSeconds:
 class TestPlaceOfRank:
     def _run(self, student, rng):
         nodes, gpus = _whole(rng, 2, 4), _whole(rng, 2, 5)
-        num_rows = _whole(rng, 20, 40)
         n = nodes * gpus
+        num_rows = n * _whole(rng, 2, 4) + _whole(rng, 1, n)
         return [student.place_of_rank(r, n, gpus, num_rows) for r in range(n)], n, gpus, num_rows
 
     @points(2)
