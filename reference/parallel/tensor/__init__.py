@@ -1,0 +1,63 @@
+"""Tensor parallelism: each rank has a part of every matrix.
+
+    part = parallelize(copy.deepcopy(model), comm, sequence_parallel=True)
+    logits = part(tokens)                                         # (B, T, V/N), this rank's
+    vocab_parallel_cross_entropy(logits, targets, comm).mean().backward()
+
+`comm` is the group of ranks that share a model, such as `mesh.tp`: all of them get the same tokens,
+and other axes of the mesh may have others.
+
+operators     entering and leaving a parallel region: f, g and their sequence-parallel forms
+layers        column- and row-parallel linear layers
+vocabulary    embedding and cross-entropy over a divided vocabulary
+llama         a whole model
+gpt           a layer with biases and dropout; which random numbers ranks share
+overlap       a product that begins before its input has arrived
+matmul        1D, 2D (SUMMA), 2.5D and 3D matrix products
+propagation   from a few annotations to a program: shardings, and the collectives between them
+activations   bytes kept for backward, in closed form
+
+Letters: N ranks (t in the papers), B, T, D, F, V as everywhere; small letters are a rank's part.
+"""
+
+from reference.parallel.tensor.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    SharedLinear,
+    column_part,
+    row_part,
+)
+from reference.parallel.tensor.llama import (
+    ParallelBlock,
+    ParallelLlama,
+    parallelize,
+    shard_attention,
+)
+from reference.parallel.tensor.operators import (
+    copy_to_ranks,
+    gather_positions,
+    scatter_sum,
+    sum_over_ranks,
+)
+from reference.parallel.tensor.vocabulary import (
+    VocabParallelEmbedding,
+    vocab_parallel_cross_entropy,
+)
+
+__all__ = [
+    "ColumnParallelLinear",
+    "ParallelBlock",
+    "ParallelLlama",
+    "RowParallelLinear",
+    "SharedLinear",
+    "VocabParallelEmbedding",
+    "column_part",
+    "copy_to_ranks",
+    "gather_positions",
+    "parallelize",
+    "row_part",
+    "scatter_sum",
+    "shard_attention",
+    "sum_over_ranks",
+    "vocab_parallel_cross_entropy",
+]
