@@ -20,6 +20,8 @@ activations   bytes kept for backward, in closed form
 Letters: N ranks (t in the papers), B, T, D, F, V as everywhere; small letters are a rank's part.
 """
 
+from reference.parallel.tensor.activations import layer_activation_bytes
+from reference.parallel.tensor.gpt import GPTLayer, ParallelGPTLayer, RandomStreams, dropout
 from reference.parallel.tensor.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -33,12 +35,15 @@ from reference.parallel.tensor.llama import (
     parallelize,
     shard_attention,
 )
+from reference.parallel.tensor.matmul import block_of, matmul_1d, matmul_2_5d, matmul_2d
 from reference.parallel.tensor.operators import (
     copy_to_ranks,
     gather_positions,
     scatter_sum,
     sum_over_ranks,
 )
+from reference.parallel.tensor.overlap import gathered_linear, overlapped_linear
+from reference.parallel.tensor.propagation import Einsum, Move, execute, moves, part_by, propagate
 from reference.parallel.tensor.vocabulary import (
     VocabParallelEmbedding,
     vocab_parallel_cross_entropy,
@@ -46,15 +51,32 @@ from reference.parallel.tensor.vocabulary import (
 
 __all__ = [
     "ColumnParallelLinear",
+    "Einsum",
+    "GPTLayer",
+    "Move",
     "ParallelBlock",
+    "ParallelGPTLayer",
     "ParallelLlama",
+    "RandomStreams",
     "RowParallelLinear",
     "SharedLinear",
     "VocabParallelEmbedding",
+    "block_of",
     "column_part",
     "copy_to_ranks",
+    "dropout",
+    "execute",
     "gather_positions",
+    "gathered_linear",
+    "layer_activation_bytes",
+    "matmul_1d",
+    "matmul_2_5d",
+    "matmul_2d",
+    "moves",
+    "overlapped_linear",
     "parallelize",
+    "part_by",
+    "propagate",
     "row_part",
     "scatter_sum",
     "shard_attention",

@@ -96,8 +96,8 @@ def scatter_sum(x: Float[Tensor, "B T D"], comm: Comm, dim: int = 1) -> Float[Te
 
 
 def _all_gather(x: Tensor, comm: Comm, dim: int) -> Tensor:
-    return comm.all_gather(x.transpose(0, dim).contiguous()).transpose(0, dim)
+    return comm.all_gather(x.transpose(0, dim).contiguous()).transpose(0, dim).contiguous()
 
 
 def _reduce_scatter(x: Tensor, comm: Comm, dim: int) -> Tensor:
-    return comm.reduce_scatter(x.transpose(0, dim).contiguous()).transpose(0, dim)
+    return comm.reduce_scatter(x.transpose(0, dim).contiguous()).transpose(0, dim).contiguous()
