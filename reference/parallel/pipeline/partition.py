@@ -83,7 +83,7 @@ class LlamaStage(nn.Module):
             return recompute(lambda x: layer(x, mask, rotate=rotate), x)
         attend = scaled_dot_product_attention
         if self.kind == "selective":
-            attend = recomputed(attend)  # type: ignore[assignment]
+            attend = recomputed(attend)
         return layer(x, mask, rotate=rotate, attend=attend)
 
 

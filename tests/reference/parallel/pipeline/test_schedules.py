@@ -90,17 +90,15 @@ def test_matches_torch_interleaved(num_ranks, num_micro, num_chunks):
             return step // num_ranks % num_chunks * num_ranks + rank
 
         def backward(step, rank=rank, warm_up=warm_up):
-            return (
-                num_chunks - 1 - (step - warm_up) // num_ranks % num_chunks
-            ) * num_ranks + rank
+            return (num_chunks - 1 - (step - warm_up) // num_ranks % num_chunks) * num_ranks + rank
 
         row = theirs._get_1f1b_rank_ops(
             num_chunks, num_ranks, warm_up, num_micro * num_chunks - warm_up, warm_up, rank,
             forward, backward,
         )  # fmt: skip
-        kinds = {"F": "F", "B": "B"}
+        kinds = {"FORWARD": "F", "FULL_BACKWARD": "B"}
         found = [
-            Action(kinds[str(op.computation_type)], op.stage_index, op.microbatch_index)
+            Action(kinds[op.computation_type.name], op.stage_index, op.microbatch_index)
             for op in row
             if op is not None
         ]

@@ -1,0 +1,111 @@
+"""The composition fuzzer: random meshes of a tiny Llama against one rank on the whole batch.
+
+Pipeline x data (ZeRO 0 to 2) x tensor (with and without sequence parallelism), up to 16 ranks, any
+schedule and any recomputation: the loss, each gradient and each parameter after a step. FUZZ_CASES
+in the environment asks for another number of cases; each has its number as its seed.
+"""
+
+import os
+import random
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from reference.parallel.pipeline import Pipeline, split_llama, sum_tied_gradients
+from reference.parallel.ranks import run
+from reference.parallel.tensor import parallelize, vocab_parallel_cross_entropy
+from reference.parallel.zero import Zero
+from tests.reference.parallel.pipeline.workload import SCHEDULES, batch, fresh
+from tests.tolerances import TOLERANCE
+
+NUM_CASES = int(os.environ.get("FUZZ_CASES", "12"))
+LAYERS = 8
+SGD = {"lr": 0.5}
+
+
+def draw(seed):
+    """A layout that fits in 16 ranks."""
+    rng = random.Random(seed)
+    while True:
+        pp, dp, tp = (rng.choice((1, 2, 4)) for _ in range(3))
+        if 1 < pp * dp * tp <= 16:
+            break
+    name = rng.choice(list(SCHEDULES))
+    return {
+        "pp": pp, "dp": dp, "tp": tp, "name": name,
+        "num_micro": pp * rng.choice([r for r in (1, 2, 4) if pp * r * dp <= 16]),
+        "stage": rng.choice((0, 1, 2)),
+        "sequence_parallel": tp > 1 and rng.random() < 0.5,
+        "recompute": rng.choice(("none", "selective", "full")),
+        "is_tied": rng.random() < 0.3,
+    }  # fmt: skip
+
+
+def train(comm, case):
+    """One step; this rank's whole parameters by name, gathered over tensor ranks."""
+    mesh = comm.mesh(pp=case["pp"], dp=case["dp"], tp=case["tp"])
+    model = fresh(num_layers=LAYERS, is_tied=case["is_tied"])
+    if case["tp"] > 1:
+        model = parallelize(model, mesh.tp, sequence_parallel=case["sequence_parallel"])
+    schedule = SCHEDULES[case["name"]](case["pp"], case["num_micro"])
+    stages = split_llama(model, mesh.pp.rank, mesh.pp.size, recompute=case["recompute"],
+                         num_chunks=schedule.num_chunks)  # fmt: skip
+    holder = torch.nn.ModuleList(stages)
+    pipeline = Pipeline(mesh.pp, stages, schedule, lambda y, t: loss_of(y, t, mesh.tp))
+    tokens, targets = (t.chunk(case["dp"])[mesh.dp.rank] for t in batch(16))
+    zero = Zero(holder, mesh.dp, case["stage"], lambda p: torch.optim.SGD(p, **SGD),
+                bucket_bytes=3000)  # fmt: skip
+    loss = pipeline.step(tokens, targets)
+    if case["stage"] < 2:
+        sum_tied_gradients(mesh.pp, stages)
+    zero.step()
+    found = {}
+    for stage in stages:
+        found |= whole(stage.model)
+    return None if loss is None else mesh.dp.all_reduce(loss, "mean"), found
+
+
+def loss_of(logits, targets, tp):
+    if tp.size > 1:
+        return vocab_parallel_cross_entropy(logits, targets, tp).mean()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def whole(model):
+    if hasattr(model, "whole"):
+        return {name: t.clone() for name, t in model.whole(lambda p: p).items()}
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def truths():
+    found = {}
+    for is_tied in (False, True):
+        model = fresh(num_layers=LAYERS, is_tied=is_tied)
+        tokens, targets = batch(16)
+        logits = model(tokens)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        torch.optim.SGD(model.parameters(), **SGD).step()
+        found[is_tied] = loss.detach(), {n: p.detach() for n, p in model.named_parameters()}
+    return found
+
+
+@pytest.mark.parametrize("seed", range(NUM_CASES))
+def test_matches_one_rank(seed, truths):
+    case = draw(seed)
+    if case["is_tied"] and case["stage"] == 2:
+        case["stage"] = 1  # stage 2 has sent the gradients before the copies' could be summed
+    loss, truth = truths[case["is_tied"]]
+    done = run(case["pp"] * case["dp"] * case["tp"], train, case, is_measured=False)
+    names = set()
+    for found_loss, found in done.results:
+        names |= found.keys()
+        if found_loss is not None:
+            assert_close(found_loss, loss, **TOLERANCE[torch.float32], msg=str(case))
+        for name in found:
+            # The step has lr 0.5: the difference of weights is half that of gradients.
+            assert_close(found[name], truth[name], **TOLERANCE[torch.float32],
+                         msg=f"{name} in {case}")  # fmt: skip
+    assert names == truth.keys()
