@@ -3,4 +3,5 @@
 ranks           the simulated machine: one program on N ranks, and the same on real processes
 data_parallel   other rows on each rank: all-reduce, DDP, restarts
 zero            the same, with each rank holding a part: ZeRO and FSDP
+tensor          a part of every matrix on each rank; sequence parallelism
 """

@@ -1,13 +1,13 @@
 """C = A B on N ranks: in one dimension, in two, and in between two and three.
 
-    1D      A and C in N strips of rows, B in strips too, and gathered          n^2 (N-1)/N sent
-    2D      all in q x q blocks, N = q^2: step k broadcasts column k of A       2 n^2 (q-1)/q / q
-            along rows, row k of B along columns, and adds a product (SUMMA)
-    2.5D    c copies of the 2D layout, N = c q^2, each of which does q/c of     about 2 n^2 / (c q)
-            the steps; the copies' sums are added; c = q is 3D                  and n^2 / q^2 terms
+    1D      A and C in N strips of rows, B in strips too, and gathered     n^2 (N-1)/N
+    2D      all in q x q blocks, N = q^2: step k broadcasts column k of    2 n^2 (q-1)/q^2
+            A along rows, row k of B along columns, adds a product (SUMMA)
+    2.5D    c copies of the 2D layout, N = c q^2, each doing q/c of the    2 n^2 (q-1)/(c q^2)
+            steps; blocks are copied first, sums added last; c = q is 3D   + 4 n^2 (c-1)/(c q^2)
 
-More dimensions, less traffic; 1D needs room for all of B, 2.5D for c copies of everything. That is
-why tensor parallelism in one dimension ends at a node's border.
+The last column is what a rank sends, on average. 1D needs room for all of B, 2.5D for c copies of
+everything. Copies pay for themselves with thousands of ranks.
 
 Papers: SUMMA, van de Geijn and Watts, Concurrency 9 (1997) 255-274; 2.5D, Solomonik and Demmel,
 Euro-Par 2011; for transformers, 2104.05343 (2D), 2105.14500 (2.5D), 2105.14450 (3D).
