@@ -24,8 +24,14 @@ def test_matches_megatrons_documented_sixteen_ranks():
     assert groups["pp"] == [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]]
 
 
-@pytest.mark.parametrize("sizes", [{"pp": 4, "dp": 2, "tp": 2}, {"pp": 2, "dp": 2, "cp": 2, "tp": 2},
-                                   {"pp": 2, "replicate": 2, "shard": 2, "cp": 2, "tp": 2}])  # fmt: skip
+GRIDS = [
+    {"pp": 4, "dp": 2, "tp": 2},
+    {"pp": 2, "dp": 2, "cp": 2, "tp": 2},
+    {"pp": 2, "replicate": 2, "shard": 2, "cp": 2, "tp": 2},
+]
+
+
+@pytest.mark.parametrize("sizes", GRIDS)
 def test_matches_strides_of_a_grid_and_the_simulated_mesh(sizes):
     world_size = math.prod(sizes.values())
     grid = torch.arange(world_size).view(*sizes.values())
