@@ -1,4 +1,4 @@
-# Exercise 204875c28cba: write your answers below, and leave this line as it is.
+# Exercise 3cce3a9cc3cf: write your answers below, and leave this line as it is.
 """Chapter 13: tensor and sequence parallelism."""
 
 import torch
@@ -120,16 +120,17 @@ def dropout_seed(seed, dp_rank, tp_rank, tp_size, region):
     return seed
 
 
-def sequence_parallel_sublayer(comm, x, weight, inner):
+def sequence_parallel_sublayer(comm, x, norm, inner):
     """y = x + inner(norm(x)), where each rank has its own positions of x and its own part of inner.
 
-    x: (T / N, D), positions rank T/N to (rank + 1) T/N    weight: (D,), of the norm
+    x: (T / N, D), positions rank T/N to (rank + 1) T/N
+    norm: norm(x) normalizes each position by itself, and keeps the shape
     inner: inner(h) takes (T, D), all positions, and returns (T, D): this rank's summand of the
     result. Attention and a parallel MLP both are such functions.
     returns (T / N, D), this rank's positions of y
 
-    norm is torch.nn.functional.rms_norm(x, (D,), weight, 1e-6). One all-gather and one
-    reduce-scatter travel, no more; and nobody normalizes another rank's positions.
+    One all-gather and one reduce-scatter travel, no more; and nobody normalizes another rank's
+    positions.
 
     Source: Korthikanti et al., arXiv 2205.05198, sec. 4.2.2.
     """
@@ -138,26 +139,30 @@ def sequence_parallel_sublayer(comm, x, weight, inner):
 
 def run_sequence_parallel_sublayer(x, weight, mixes):
     """Call sequence_parallel_sublayer on simulated ranks, one for each of `mixes`, (T, T): inner is
-    mixes[rank] @ h. Given: do not change.
+    mixes[rank] @ h, norm an RMSNorm with `weight`, (D,). Given: do not change.
 
     returns a dict of lists, one entry a rank: outputs, sent (bytes), calls (of collectives), inputs
-    (rows that inner was called with)
+    and normed (positions that inner and norm were called with)
     """
 
     def program(comm):
-        rows = []
+        rows, normed = [], []
+
+        def norm(h):
+            normed.append(len(h))
+            return torch.nn.functional.rms_norm(h, (h.shape[1],), weight, 1e-6)
 
         def inner(h):
             rows.append(len(h))
             return mixes[comm.rank][: len(h), : len(h)] @ h
 
         part = x.chunk(comm.size)[comm.rank].clone()
-        y = sequence_parallel_sublayer(comm, part, weight.clone(), inner)
+        y = sequence_parallel_sublayer(comm, part, norm, inner)
         total = comm.traffic.total()
-        return y.clone(), total.wire_bytes, total.num_calls, rows
+        return y.clone(), total.wire_bytes, total.num_calls, rows, normed
 
     done = run(len(mixes), program, is_measured=False).results
-    names = ("outputs", "sent", "calls", "inputs")
+    names = ("outputs", "sent", "calls", "inputs", "normed")
     return {name: [result[i] for result in done] for i, name in enumerate(names)}
 
 

@@ -125,6 +125,39 @@ def computes_everything_everywhere(comm, x, w1, w2, grad_y):
     return hidden @ w2.T, grad_hidden @ w1, grad_hidden.T @ x, grad_y.T @ hidden
 
 
+@misconception(
+    "parallel_mlp",
+    "relu is missing on the way back: where a hidden unit is off, no gradient passes.",
+    see=PAIR,
+)
+def forgets_relu_backward(comm, x, w1, w2, grad_y):
+    first, second = w1.chunk(comm.size)[comm.rank], w2.chunk(comm.size, 1)[comm.rank]
+    hidden = (x @ first.T).relu()
+    grad_hidden = grad_y @ second
+    y, grad_x = comm.all_reduce(hidden @ second.T), comm.all_reduce(grad_hidden @ first)
+    return y, grad_x, grad_hidden.T @ x, grad_y.T @ hidden
+
+
+@misconception(
+    "parallel_mlp",
+    "Your gradients of the weights are transposed: they have the shapes of the weights' parts.",
+    see=PAIR,
+)
+def transposes_weight_gradients(comm, x, w1, w2, grad_y):
+    y, grad_x, first, second = _mlp(comm, x, w1, w2, grad_y)
+    return y, grad_x, first.T, second.T
+
+
+@misconception(
+    "parallel_mlp",
+    "You gather the ranks' outputs one below the other. They are summands of the same rows: sum.",
+    see=PAIR,
+)
+def gathers_the_outputs(comm, x, w1, w2, grad_y):
+    y, *grads = _mlp(comm, x, w1, w2, grad_y, sum_y=False)
+    return comm.all_gather(y), *grads
+
+
 @alternative("parallel_mlp")
 def by_autograd(comm, x, w1, w2, grad_y):
     first = w1.chunk(comm.size)[comm.rank].clone().requires_grad_()
@@ -210,6 +243,15 @@ def leaves_the_bias_out(comm, x, weight, bias):
 )
 def does_not_sum(comm, x, weight, bias):
     return x @ weight.T + bias
+
+
+@misconception(
+    "row_parallel_linear",
+    "You gather the ranks' outputs one below the other. They are summands of the same rows: sum.",
+    see=PAIR,
+)
+def gathers_summands(comm, x, weight, bias):
+    return comm.all_gather(x @ weight.T + bias)
 
 
 @alternative("row_parallel_linear")
@@ -304,6 +346,16 @@ def gives_whole_groups(rank, world_size, num_heads, num_kv_heads):
     share = max(1, num_kv_heads // world_size)
     first = rank * share % num_kv_heads
     return list(range(first * group, (first + share) * group)), list(range(first, first + share))
+
+
+@misconception(
+    "heads_of_rank",
+    "Query head i does not use key/value head i modulo K: H / K neighbouring heads share one.",
+    see=HEADS,
+)
+def takes_kv_heads_modulo(rank, world_size, num_heads, num_kv_heads):
+    queries = _queries(rank, world_size, num_heads)
+    return queries, sorted({q % num_kv_heads for q in queries})
 
 
 @alternative("heads_of_rank")
@@ -427,6 +479,32 @@ def averages_losses(comm, logits, targets):
     return comm.all_reduce(logits.logsumexp(1) - _picked(comm, logits, targets), "mean")
 
 
+@misconception(
+    "vocab_parallel_loss",
+    "You take the largest of the ranks' picked logits. Those without the target bring zero, which "
+    "is larger than a negative logit: sum.",
+    see=VOCABULARY,
+)
+def takes_the_largest_pick(comm, logits, targets):
+    highest = comm.all_reduce(logits.amax(1), "max")
+    sums = comm.all_reduce((logits - highest[:, None]).exp().sum(1))
+    return sums.log() + highest - comm.all_reduce(_picked(comm, logits, targets), "max")
+
+
+@misconception(
+    "vocab_parallel_loss",
+    "You look up the target on each rank, and most do not have it: an index outside of their part. "
+    "Where it is another's, look up any and multiply by zero.",
+    see=VOCABULARY,
+)
+def looks_up_what_is_not_there(comm, logits, targets):
+    highest = comm.all_reduce(logits.amax(1), "max")
+    sums = comm.all_reduce((logits - highest[:, None]).exp().sum(1))
+    here = targets - comm.rank * logits.shape[1]
+    picked = comm.all_reduce(logits.gather(1, here[:, None])[:, 0])
+    return sums.log() + highest - picked
+
+
 @alternative("vocab_parallel_loss")
 def merges_logsumexps(comm, logits, targets):
     own = logits.logsumexp(1)
@@ -538,10 +616,6 @@ def offsets_by_megatrons_number(seed, dp_rank, tp_rank, tp_size, region):
 # sequence_parallel_sublayer
 
 
-def _normed(x, weight):
-    return F.rms_norm(x, (x.shape[1],), weight, 1e-6)
-
-
 @misconception(
     "sequence_parallel_sublayer",
     "You call inner with this rank's positions. Attention looks at all of them: Megatron's "
@@ -549,9 +623,9 @@ def _normed(x, weight):
     "regions.",
     see=SEQUENCE,
 )
-def divides_inner_by_positions(comm, x, weight, inner):
+def divides_inner_by_positions(comm, x, norm, inner):
     comm.barrier()
-    return x + inner(_normed(x, weight))
+    return x + inner(norm(x))
 
 
 @misconception(
@@ -560,8 +634,8 @@ def divides_inner_by_positions(comm, x, weight, inner):
     "reduce-scatter gives each rank its own.",
     see=SEQUENCE,
 )
-def sums_everything_everywhere(comm, x, weight, inner):
-    whole = comm.all_reduce(inner(comm.all_gather(_normed(x, weight))))
+def sums_everything_everywhere(comm, x, norm, inner):
+    whole = comm.all_reduce(inner(comm.all_gather(norm(x))))
     return x + whole.chunk(comm.size)[comm.rank]
 
 
@@ -570,8 +644,8 @@ def sums_everything_everywhere(comm, x, weight, inner):
     "You take this rank's positions of its own summand: the sum over ranks is missing.",
     see=SEQUENCE,
 )
-def does_not_sum_summands(comm, x, weight, inner):
-    mine = inner(comm.all_gather(_normed(x, weight)))
+def does_not_sum_summands(comm, x, norm, inner):
+    mine = inner(comm.all_gather(norm(x)))
     return x + mine.chunk(comm.size)[comm.rank]
 
 
@@ -580,9 +654,9 @@ def does_not_sum_summands(comm, x, weight, inner):
     "You add x before the sum: it then counts once for each rank.",
     see=SEQUENCE,
 )
-def adds_x_before_the_sum(comm, x, weight, inner):
+def adds_x_before_the_sum(comm, x, norm, inner):
     whole = comm.all_gather(x)
-    return comm.reduce_scatter(whole + inner(_normed(whole, weight)))
+    return comm.reduce_scatter(whole + inner(norm(whole)))
 
 
 @misconception(
@@ -590,8 +664,8 @@ def adds_x_before_the_sum(comm, x, weight, inner):
     "x is missing: y = x + inner(norm(x)).",
     see=SEQUENCE,
 )
-def forgets_the_residual(comm, x, weight, inner):
-    return comm.reduce_scatter(inner(comm.all_gather(_normed(x, weight))))
+def forgets_the_residual(comm, x, norm, inner):
+    return comm.reduce_scatter(inner(comm.all_gather(norm(x))))
 
 
 @misconception(
@@ -599,8 +673,8 @@ def forgets_the_residual(comm, x, weight, inner):
     "You average summands.",
     see=SEQUENCE,
 )
-def averages_positions(comm, x, weight, inner):
-    return x + comm.reduce_scatter(inner(comm.all_gather(_normed(x, weight))), "mean")
+def averages_positions(comm, x, norm, inner):
+    return x + comm.reduce_scatter(inner(comm.all_gather(norm(x))), "mean")
 
 
 @misconception(
@@ -608,7 +682,7 @@ def averages_positions(comm, x, weight, inner):
     "You do not normalize.",
     see=SEQUENCE,
 )
-def forgets_the_norm(comm, x, weight, inner):
+def forgets_the_norm(comm, x, norm, inner):
     return x + comm.reduce_scatter(inner(comm.all_gather(x)))
 
 
@@ -617,22 +691,42 @@ def forgets_the_norm(comm, x, weight, inner):
     "You add the normalized x: the residual stream goes by the norm.",
     see=SEQUENCE,
 )
-def adds_the_normalized_x(comm, x, weight, inner):
-    h = _normed(x, weight)
+def adds_the_normalized_x(comm, x, norm, inner):
+    h = norm(x)
     return h + comm.reduce_scatter(inner(comm.all_gather(h)))
 
 
-@alternative("sequence_parallel_sublayer")
-def norms_by_hand(comm, x, weight, inner):
-    h = x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt() * weight
-    y = inner(comm.all_gather(h.contiguous()))
-    return comm.reduce_scatter(y).add(x)
+@misconception(
+    "sequence_parallel_sublayer",
+    "Right values, but every rank normalizes all positions, and keeps what backward needs of them: "
+    "the work and the memory that were to be divided. Normalize, then gather.",
+    see=SEQUENCE,
+)
+def normalizes_after_gathering(comm, x, norm, inner):
+    return x + comm.reduce_scatter(inner(norm(comm.all_gather(x))))
+
+
+@misconception(
+    "sequence_parallel_sublayer",
+    "You cut out your positions first and sum then: what is added up are different positions of "
+    "different ranks.",
+    see=SEQUENCE,
+)
+def sums_other_positions(comm, x, norm, inner):
+    mine = inner(comm.all_gather(norm(x))).chunk(comm.size)[comm.rank]
+    return comm.all_reduce(x + mine)
 
 
 @alternative("sequence_parallel_sublayer")
-def with_places_for_results(comm, x, weight, inner):
+def in_place(comm, x, norm, inner):
+    y = inner(comm.all_gather(norm(x).contiguous()))
+    return comm.reduce_scatter(y).add_(x)
+
+
+@alternative("sequence_parallel_sublayer")
+def with_places_for_results(comm, x, norm, inner):
     whole = x.new_empty(len(x) * comm.size, x.shape[1])
-    comm.all_gather(_normed(x, weight), out=whole)
+    comm.all_gather(norm(x), out=whole)
     y = torch.empty_like(x)
     comm.reduce_scatter(inner(whole), out=y)
     return x + y
@@ -647,10 +741,11 @@ def _bytes(b, s, h, layers, t, passes, size=2):
 
 @misconception(
     "tensor_parallel_bytes",
-    "Two all-reduces a layer: those of forward. Backward has two as well.",
+    "Half of it. Either you count forward's two all-reduces and not backward's, or numbers where "
+    "bytes are asked for: two each.",
     see=COST,
 )
-def counts_forward_alone(b, s, h, layers, t, sequence_parallel):
+def counts_half(b, s, h, layers, t, sequence_parallel):
     return _bytes(b, s, h, layers, t, 4)
 
 
@@ -757,7 +852,37 @@ def calls_reduce_scatter(comm, x, weight):
     see=OVERLAP,
 )
 def begins_with_its_own_part(comm, x, weight):
-    return _ring(comm, [part @ weight.T for part in x.chunk(comm.size)], start=0)
+    n, parts = comm.size, x.chunk(comm.size)
+    total = parts[comm.rank] @ weight.T
+    for step in range(1, n):
+        arriving = torch.empty_like(total)
+        handles = [
+            comm.isend(total, (comm.rank + 1) % n),
+            comm.irecv(arriving, (comm.rank - 1) % n),
+        ]
+        own = parts[(comm.rank - step) % n] @ weight.T
+        for handle in handles:
+            handle.wait()
+        total = arriving + own
+    return total
+
+
+@misconception(
+    "matmul_reduce_scatter",
+    "All products come first, and after N - 1 steps of your ring it is part r + 1 that is finished "
+    "on rank r. Begin one part earlier, and compute while sums travel.",
+    see=OVERLAP,
+)
+def ends_with_the_next_part(comm, x, weight):
+    n = comm.size
+    parts = [part @ weight.T for part in x.chunk(n)]
+    for step in range(n - 1):
+        sending = comm.isend(parts[(comm.rank - step) % n], (comm.rank + 1) % n)
+        arriving = comm.recv(torch.empty_like(parts[0]), (comm.rank - 1) % n)
+        sending.wait()
+        place = (comm.rank - step - 1) % n
+        parts[place] = parts[place] + arriving
+    return parts[comm.rank]
 
 
 @misconception(

@@ -303,6 +303,14 @@ class TestSequenceParallelSublayer:
                 what = f"y on rank {rank} of {num_ranks}"
                 expect.close(ours, y.chunk(num_ranks)[rank].clone(), what)
 
+    def test_norm(self, student, rng):
+        """normalizes its own positions alone"""
+        got, _, x = self._run(student, rng, 2)
+        expect.true(
+            all(rows == [len(x) // 2] for rows in got["normed"]),
+            f"norm was called with {got['normed']} positions, by rank; each has {len(x) // 2}",
+        )
+
     def test_inner(self, student, rng):
         """calls inner once, with all positions"""
         got, _, x = self._run(student, rng, 2)
