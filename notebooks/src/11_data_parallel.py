@@ -353,7 +353,7 @@ check("ring_all_reduce")
 # |---|---|---|---|
 # | star | $2(N-1)$ | $B$ | $2(N-1)(\alpha + B/\beta)$ |
 # | tree | $2\lceil\log_2 N\rceil$ | $B$ | $2\lceil\log_2 N\rceil(\alpha + B/\beta)$ |
-# | ring | $2(N-1)$ | $B/N$ | $2(N-1)\alpha + 2\frac{N-1}{N}B/\beta$ |
+# | ring | $2(N-1)$ | $B/N$ | $2(N-1)(\alpha + B/N\beta)$ |
 # | gossip | $N-1$ | $B$ | $(N-1)(\alpha + B/\beta)$ |
 #
 # **Question.** 64 ranks. Which is fastest for 1 kB, which for 100 MB?
@@ -408,8 +408,9 @@ check("all_reduce_seconds")
 #
 # The loss of a batch is a mean over rows, so its gradient is a mean of gradients:
 #
-# $$\nabla L = \frac{1}{B}\sum_{i=1}^{B} \nabla \ell_i
-#  = \frac{1}{N}\sum_{r=1}^{N} \nabla L_r \quad\text{if all ranks have } B/N \text{ rows}$$
+# $$\nabla L = \frac{1}{B}\sum_{i=1}^{B} \nabla \ell_i = \frac{1}{N}\sum_{r=1}^{N} \nabla L_r$$
+#
+# if each of N ranks has B/N rows.
 #
 # **Question.** And if they do not?
 

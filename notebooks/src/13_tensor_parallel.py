@@ -639,8 +639,9 @@ table(
 # ## 14. What breaks in practice
 #
 # - **A bias before the sum** counts N times. **A mean in place of the sum** makes layers N times
-#   too small, and a norm behind it hides that. - **Copies drift** where a copied weight sees other
-#   inputs on each rank: norms on positions, shared key/value heads. Their gradients must be summed.
+#   too small, and a norm behind it hides that.
+# - **Copies drift** where a copied weight sees other inputs on each rank: norms on positions,
+#   shared key/value heads. Their gradients must be summed.
 # - **Clipping** must count a divided parameter's parts from all ranks, and a copied one once.
 # - **Vocabularies that do not divide** are padded:
 
