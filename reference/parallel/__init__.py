@@ -4,4 +4,5 @@ ranks           the simulated machine: one program on N ranks, and the same on r
 data_parallel   other rows on each rank: all-reduce, DDP, restarts
 zero            the same, with each rank holding a part: ZeRO and FSDP
 tensor          a part of every matrix on each rank; sequence parallelism
+context         a part of every text on each rank: Ulysses, Ring Attention
 """
