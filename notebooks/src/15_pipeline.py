@@ -1,0 +1,628 @@
+# %% [markdown] slideshow={"slide_type": "slide"}
+# # 15 Pipelines and 3D parallelism
+#
+# Layers follow each other, so give each rank some of them. Nothing is divided, nothing is summed,
+# only the stream between two layers travels. And all ranks but one stand idle. How few can wait,
+# how little must be kept, and who should be whose neighbour?
+#
+# In this chapter you order forwards and backwards on a pipeline, derive its bubble and see it on
+# the clock, forget activations and compute them again, and lay out ranks in three dimensions.
+# Gradients are real, and equal to one rank's and to PyTorch's pipelines.
+#
+# You need: chapters 11 and 13; chapter 12 for the comparison in section 9.
+
+# %% [markdown] slideshow={"slide_type": "skip"}
+# > **Low-resource box.** One CPU core and 1 GB of memory are enough; ranks are simulated. The slow
+# > cells: the schedules on the clock (section 8), and the two layouts of section 9 (take fewer
+# > layers).
+
+# %% slideshow={"slide_type": "skip"}
+import contextlib
+import io
+import warnings
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autograder.notebook import check
+from figures import style
+from reference.parallel.pipeline import (
+    Pipeline,
+    bubble_fraction,
+    gpipe,
+    in_flight,
+    interleaved,
+    megatron_groups,
+    one_f_one_b,
+    peak_in_flight,
+    recompute,
+    simulate,
+    split_llama,
+    zero_bubble_h1,
+)
+from reference.parallel.ranks import CLASSROOM, DGX_H100, run
+from reference.parallel.tensor import parallelize, vocab_parallel_cross_entropy
+from reference.parallel.zero import FSDP
+from reference.pretrained import passage
+from reference.transformer import Llama, LlamaConfig
+
+torch.set_num_threads(1)
+style.use()
+COLOUR = {"F": style.COLOURS["blue"], "B": style.COLOURS["green"], "W": style.COLOURS["orange"]}
+
+
+def table(*rows):
+    """Print rows as a table; the first row is the head, the first column stands left."""
+    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for i, row in enumerate(texts):
+        first, *rest = (
+            t.rjust(w) if j else t.ljust(w)
+            for j, (t, w) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([first, *rest]))
+        if i == 0:
+            print("  ".join("-" * w for w in widths))
+
+
+def draw(ax, schedule, end=None, seconds=None):
+    """A schedule in time: a row for each rank, a box for each action, its micro-batch inside."""
+    done = simulate(schedule, seconds)
+    last = max(stop for *_, stop in done)
+    for rank, action, start, stop in done:
+        late = action.stage >= schedule.num_ranks  # a rank's second stage
+        ax.barh(rank, stop - start, left=start, height=0.9, color=COLOUR[action.kind],
+                edgecolor="white", alpha=0.6 if late else 1)  # fmt: skip
+        if stop - start > 0.013 * (end or last):
+            ax.text((start + stop) / 2, rank, action.micro, ha="center", va="center", fontsize=9,
+                    color="white")  # fmt: skip
+    ax.set(yticks=range(schedule.num_ranks), ylim=(schedule.num_ranks - 0.4, -0.6),
+           yticklabels=[f"rank {r}" for r in range(schedule.num_ranks)],
+           xlim=(0, end or last))  # fmt: skip
+    ax.grid(axis="y", visible=False)
+    return last
+
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 1. One works, the others wait
+#
+# **Question.** Four ranks have a quarter of the layers each. A batch goes through forward (1 unit
+# of time on each rank) and backward (2 units). How busy are the ranks?
+
+# %% slideshow={"slide_type": "fragment"}
+fig, axes = plt.subplots(2, 1, figsize=(9.5, 4.6), sharex=True)
+eighths = {"F": 1 / 8, "B": 2 / 8}
+ends = draw(axes[0], gpipe(4, 1)), draw(axes[1], gpipe(4, 8), 12, eighths)
+axes[0].set_title("the batch in one piece", fontsize=12)
+axes[1].set_title("in eight micro-batches", fontsize=12)
+axes[1].set_xlabel("time; blue: forward, green: backward")
+plt.show()
+for name, end in zip(("one piece", "eight micro-batches"), ends, strict=True):
+    print(f"{name}: a rank computes {3 / end:.0%} of the time")
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# A quarter of the time: four GPUs do the work of one. Cut the batch into micro-batches, and stages
+# work on different ones at the same time. What remains white is the **bubble**.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 2. Stages and micro-batches
+#
+# A stage receives activations, computes, sends. On the way back it receives the gradient of what it
+# sent, and sends the gradient of what it received. Autograd runs on each stage by itself; messages
+# are the joints. Gradients of micro-batches add up, and the loss is a mean over all of them:
+#
+# $$\nabla_{W_s} L = \frac{1}{m}\sum_{i=1}^{m} \nabla_{W_s} L_i$$
+#
+# Here a small Llama in two stages, beside one rank.
+
+# %% slideshow={"slide_type": "fragment"}
+CONFIG = LlamaConfig(
+    vocab_size=256,
+    dim=64,
+    hidden_dim=176,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    max_seq_len=64,
+)
+letters = torch.tensor(list(passage().encode()))
+tokens = letters[: 8 * 33].view(8, 33)
+inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def new_model():
+    torch.manual_seed(0)
+    return Llama(CONFIG)
+
+
+def loss_of(logits, wanted):
+    return F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+
+
+def pipelined(comm, make, num_micro=4):
+    schedule = make(comm.size, num_micro)
+    stages = split_llama(new_model(), comm.rank, comm.size, num_chunks=schedule.num_chunks)
+    loss = Pipeline(comm, stages, schedule, loss_of).step(inputs, targets)
+    sent = comm.traffic.total().wire_bytes
+    grads = {n.removeprefix("model."): p.grad for s in stages for n, p in s.named_parameters()}
+    return loss, grads, sent
+
+
+alone = new_model()
+truth = loss_of(alone(inputs), targets)
+truth.backward()
+expected = {name: p.grad for name, p in alone.named_parameters()}
+
+
+def largest_error(results):
+    found = {name: grad for _, grads, _ in results for name, grad in grads.items()}
+    assert found.keys() == expected.keys()
+    return max(((found[n] - g).norm() / g.norm()).item() for n, g in expected.items())
+
+
+results = run(2, pipelined, gpipe).results
+print(f"loss {results[1][0]:.4f} on the last stage, {truth:.4f} on one rank")
+print(f"largest relative error of a gradient: {largest_error(results):.0e}")
+print(f"sent by each stage: {results[0][2] / 1e3:.0f} kB; parameters: "
+      f"{sum(p.nbytes for p in alone.parameters()) / 1e3:.0f} kB")  # fmt: skip
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# What travels is the stream of a micro-batch, once forward and once back, to one neighbour: little,
+# beside what tensor parallelism sends in each layer. So pipelines may cross nodes.
+#
+# **Exercise.** `pipelined_gradient`
+
+# %% slideshow={"slide_type": "skip"}
+check("pipelined_gradient")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 3. The bubble
+#
+# **Question.** p stages, m micro-batches. How long does a rank wait in a step?
+#
+# The first rank waits at the end of the forwards, until the first gradient comes back; the last one
+# waits at the start. Each loses p - 1 micro-batch times, of the m in which it computes:
+#
+# $$\text{bubble} = \frac{p-1}{m}$$
+
+# %% slideshow={"slide_type": "fragment"}
+rows = [("p", "m", "GPipe, simulated", "1F1B, simulated", "(p-1)/m")]
+for p, m in ((2, 4), (4, 8), (8, 32), (8, 64)):
+    measured = []
+    for make in (gpipe, one_f_one_b):
+        end = max(timed.end_seconds for timed in simulate(make(p, m)))
+        measured.append((end - 3 * m) / (3 * m))
+    rows.append((p, m, *(f"{x:.6f}" for x in measured), f"{bubble_fraction(p, m):.6f}"))
+table(*rows)
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# A myth: "1F1B has a smaller bubble than GPipe". The columns are equal. What then is it for?
+#
+# **Exercise.** `bubble_fraction`
+
+# %% slideshow={"slide_type": "skip"}
+check("bubble_fraction")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 4. 1F1B
+#
+# **Question.** GPipe keeps the activations of all m micro-batches until the first backward. When
+# could a rank begin its first backward at the earliest?
+
+# %% slideshow={"slide_type": "subslide"}
+fig, axes = plt.subplots(2, 1, figsize=(9.5, 5), sharex=True)
+for ax, make in zip(axes, (gpipe, one_f_one_b), strict=True):
+    schedule = make(4, 8)
+    draw(ax, schedule)
+    kept = [peak_in_flight(schedule, rank) for rank in range(4)]
+    ax.set_title(f"{schedule.name}: at most {kept} micro-batches kept, by rank", fontsize=12)
+axes[1].set_xlabel("time; blue: forward, green: backward")
+plt.show()
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# After p - 1 - rank forwards, one backward for each forward (1F1B). The same time, and at most
+# p - rank micro-batches alive, however many there are. The memory ledger of a real Llama agrees:
+
+
+# %% slideshow={"slide_type": "subslide"}
+def peak_activations(comm, make, num_micro):
+    schedule = make(comm.size, num_micro)
+    stages = split_llama(new_model(), comm.rank, comm.size, num_chunks=schedule.num_chunks)
+    comm.memory.label([p for s in stages for p in s.parameters()], "parameters")
+    comm.memory.reset_peak()
+    repeated = inputs[:2].repeat(num_micro, 1), targets[:2].repeat(num_micro, 1)
+    Pipeline(comm, stages, schedule, loss_of).step(*repeated)
+    return comm.memory.use.peak["activations"] / 1e6
+
+
+counts = (2, 4, 8, 12)
+fig, ax = plt.subplots(figsize=(8, 3.8))
+for make in (gpipe, one_f_one_b):
+    peaks = [run(2, peak_activations, make, m).results[0] for m in counts]
+    ax.plot(counts, peaks, "o-", label=make(2, 2).name)
+    print(f"{make(2, 2).name}: " + ", ".join(f"{peak:.1f} MB" for peak in peaks))
+ax.set(xlabel="micro-batches of two rows", ylabel="activations on rank 0 of 2\nat most (MB)",
+       ylim=(0, None), xticks=counts)  # fmt: skip
+style.label_lines(ax)
+plt.show()
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# **Exercise.** `one_f_one_b_order` and `live_micro_batches`
+
+# %% slideshow={"slide_type": "skip"}
+check("one_f_one_b_order")
+
+# %% slideshow={"slide_type": "skip"}
+check("live_micro_batches")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 5. How many micro-batches
+#
+# **Question.** The bubble falls with m. So take as many as there are rows?
+#
+# Each costs something beside its share: launches, messages, and matrices too small to fill a GPU. A
+# step lasts $(m + p - 1)(C/m + o)$ for C of computing and o of overhead a micro-batch.
+
+# %% slideshow={"slide_type": "fragment"}
+counts = [2**i for i in range(9)]
+fig, ax = plt.subplots(figsize=(8, 4))
+for overhead in (0.0, 0.003, 0.03):
+    steps = [(m + 7) * (1 / m + overhead) for m in counts]
+    ax.plot(counts, steps, "o-", label=f"overhead {overhead:.1%}")
+    print(f"overhead {overhead:.1%}: best m = {counts[steps.index(min(steps))]}")
+ax.axhline(1, color="0.5", lw=1, ls="--")
+ax.text(1, 1.06, "no bubble", color="0.35")
+ax.set(xscale="log", yscale="log", xlabel="micro-batches on 8 stages",
+       ylabel="step / computing of a stage", yticks=(1, 2, 4, 8), xticks=counts)  # fmt: skip
+ax.set_xticklabels(counts)
+ax.set_yticklabels([1, 2, 4, 8])
+ax.minorticks_off()
+style.label_lines(ax)
+plt.show()
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# A myth: "more micro-batches cost nothing".
+#
+# **Exercise.** `best_num_micro`
+
+# %% slideshow={"slide_type": "skip"}
+check("best_num_micro")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 6. Recomputation
+#
+# **Question.** A block keeps many times its input for backward. It could keep the input
+# alone, and run forward again. What does that cost, and what may go wrong?
+
+
+# %% slideshow={"slide_type": "subslide"}
+def kept_and_time(comm, kind):
+    stages = split_llama(new_model(), 0, 1, recompute=kind)
+    comm.memory.label([p for s in stages for p in s.parameters()], "parameters")
+    loss = loss_of(stages[0](inputs), targets)
+    kept = comm.memory.use.current["activations"]
+    loss.backward()
+    return kept / 1e6, comm.now_seconds
+
+
+rows = [("recomputation", "kept for backward", "time of a step")]
+plain = run(1, kept_and_time, "none", hardware=CLASSROOM).results[0]
+for kind in ("none", "selective", "full"):
+    kept, seconds = run(1, kept_and_time, kind, hardware=CLASSROOM).results[0]
+    rows.append((kind, f"{kept:.2f} MB", f"{seconds / plain[1]:.2f} x"))
+table(*rows)
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# *Full* keeps the input of each block and pays a forward: a third more. *Selective* forgets what
+# attention holds inside, the largest part for long texts, and pays two small products.
+#
+# What may go wrong is dropout: the second forward must draw the first one's mask.
+
+# %% slideshow={"slide_type": "fragment"}
+layer = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.5))
+torch.manual_seed(1)
+x = torch.randn(4, 8, requires_grad=True)
+
+
+def gradient(act):
+    torch.manual_seed(2)
+    x.grad = None
+    act(x).sum().backward()
+    return x.grad
+
+
+def careless(x):
+    with torch.no_grad():
+        y = layer(x)
+    again = layer(x)  # draws anew
+    return y + again - again.detach()
+
+
+kept = gradient(layer)
+for name, act in (("with the mask", lambda x: recompute(layer, x)), ("another mask", careless)):
+    error = ((gradient(act) - kept).norm() / kept.norm()).item()
+    print(f"{name}: relative error of the gradient {error:.2f}")
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# **Exercise.** `recomputed_gradient`: a program that trains, somewhat worse.
+
+# %% slideshow={"slide_type": "skip"}
+check("recomputed_gradient")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 7. Three dimensions
+#
+# **Question.** 16 GPUs, 8 on a node: tensor parallelism in pairs, four pipeline stages, two copies
+# of the model. Which ranks average their gradients?
+
+# %% slideshow={"slide_type": "fragment"}
+groups = megatron_groups(16, tp=2, pp=4)
+for axis in ("tp", "dp", "pp"):
+    print(f"{axis}: {groups[axis]}")
+
+# %% slideshow={"slide_type": "subslide"}
+fig, ax = plt.subplots(figsize=(9.5, 3.6))
+for rank in range(16):
+    stage, copy_, part = rank // 4, rank // 2 % 2, rank % 2
+    column, row = stage * 2.4 + part, copy_
+    colour = list(style.COLOURS.values())[stage]
+    ax.add_patch(plt.Rectangle((column, row), 0.94, 0.8, fc=colour, alpha=0.85))
+    ax.text(column + 0.47, row + 0.4, rank, color="white", ha="center", va="center", fontsize=15)
+for stage in range(4):
+    ax.text(stage * 2.4 + 0.97, 2.05, f"stage {stage}", ha="center", va="bottom")
+ax.annotate("", (1.8, -0.18), (0.1, -0.18), arrowprops={"arrowstyle": "<->"})
+ax.text(0.95, -0.25, "tensor", ha="center", va="top")
+ax.annotate("", (-0.25, 1.7), (-0.25, 0.1), arrowprops={"arrowstyle": "<->"})
+ax.text(-0.35, 0.9, "data", ha="right", va="center", rotation=90)
+ax.annotate("", (9.2, -0.18), (2.4, -0.18), arrowprops={"arrowstyle": "->"})
+ax.text(5.8, -0.25, "pipeline", ha="center", va="top")
+ax.axvline(4.57, color="0.3", ls="--", lw=1)
+ax.text(4.57, 2.35, "node border", ha="center", color="0.3")
+ax.set(xlim=(-0.9, 9.4), ylim=(-0.6, 2.6), xticks=[], yticks=[])
+ax.axis("off")
+plt.show()
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# What talks most lies closest: tensor groups are neighbours, data groups lie within a stage,
+# pipelines reach across nodes. A myth: "adjacent ranks are data-parallel peers". Ranks 0 and 2 are.
+#
+# The example is that of Megatron-LM's own documentation. Context parallelism (`cp`) goes between
+# tensor and data: `megatron_groups(..., cp=2)`.
+#
+# **Exercise.** `parallel_groups`
+
+# %% slideshow={"slide_type": "skip"}
+check("parallel_groups")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# **Question.** Why not tensor parallelism over all 16? One layer's two all-reduces, within a node
+# and across two:
+
+
+# %% slideshow={"slide_type": "fragment"}
+def all_reduce_seconds(comm):
+    comm.all_reduce(torch.zeros(4096, 8192, dtype=torch.bfloat16))
+    return comm.now_seconds
+
+
+def send_seconds(comm):
+    if comm.rank in (0, comm.size - 1):
+        stream = torch.zeros(4096, 8192, dtype=torch.bfloat16)
+        comm.send(stream, comm.size - 1) if comm.rank == 0 else comm.recv(stream, 0)
+    return comm.now_seconds
+
+
+rows = [("ranks", "all-reduce of the stream", "sending it to the last rank")]
+for n in (8, 16):
+    reduced, sent = (run(n, act, hardware=DGX_H100, shapes_only=True).results[0]
+                     for act in (all_reduce_seconds, send_seconds))  # fmt: skip
+    rows.append((n, f"{reduced * 1e3:.2f} ms", f"{sent * 1e3:.2f} ms"))
+table(*rows)
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# Tensor parallelism pays the first column four times in each layer and step, a pipeline the second
+# twice for each stage and micro-batch.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 8. Smaller stages, split backwards
+#
+# **Question.** Two ideas against the bubble: give each rank v smaller stages, or note that of a
+# backward's two products only one is awaited by anybody. Which is which below?
+
+# %% slideshow={"slide_type": "subslide"}
+fig, axes = plt.subplots(3, 1, figsize=(9.5, 6.6), sharex=True)
+schedules = (one_f_one_b(4, 8), interleaved(4, 8, 2), zero_bubble_h1(4, 8))
+for ax, schedule in zip(axes, schedules, strict=True):
+    end = draw(ax, schedule, 34)
+    kept = max(in_flight(schedule, 0)) / schedule.num_chunks
+    ax.set_title(f"{schedule.name}: {end:.1f} units, of which 24 computing; "
+                 f"rank 0 keeps {kept:g} micro-batches", fontsize=12)  # fmt: skip
+axes[-1].set_xlabel("time; blue: forward, green: backward, orange: weights; pale: second stage")
+plt.show()
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# Interleaving divides the bubble by v, for v times the messages and some memory. Zero bubble
+# (ZB-H1) computes $dx$ at once, which the previous stage awaits, and $dW$ when there is nothing
+# else to do: a third of the bubble, at 1F1B's memory. All give real gradients:
+
+# %% slideshow={"slide_type": "fragment"}
+for make in (gpipe, one_f_one_b, lambda p, m: interleaved(p, m, 2), zero_bubble_h1):
+    done = run(2, pipelined, make)
+    print(f"{make(2, 4).name:12} largest relative error: {largest_error(done.results):.0e}")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# And on the clock, with counted FLOPs instead of units: stages of linear layers, four ranks, eight
+# micro-batches.
+
+
+# %% slideshow={"slide_type": "fragment"}
+def on_the_clock(comm, schedule, width=8192):
+    per_stage = 8 // schedule.num_chunks
+    stages = [
+        nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(per_stage)))
+        for _ in range(schedule.num_chunks)
+    ]
+    x = torch.empty(schedule.num_micro * 1024, width, requires_grad=True)
+    square = lambda y, t: (y - t).square().mean()  # noqa: E731
+    Pipeline(comm, stages, schedule, square, like=torch.empty_like).step(x, x.detach())
+
+
+rows = [("schedule", "bubble on the clock", "formula")]
+for schedule in (gpipe(4, 8), *schedules):
+    trace = run(4, on_the_clock, schedule, shapes_only=True).trace
+    busy = trace.busy_seconds(1)
+    v = schedule.num_chunks
+    formula = 3 / 8 / 3 if schedule.is_split else bubble_fraction(4, 8, v)
+    rows.append((schedule.name, f"{(trace.seconds - busy) / busy:.3f}", f"{formula:.3f}"))
+table(*rows)
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# The clock is a little above the formulas: messages take time on NVLink as well, and formulas have
+# none.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 9. Megatron beside DeepSpeed
+#
+# **Question.** Eight GPUs of one node and a two-layer Llama of 32,000 tokens, eight rows of 2,048
+# tokens. Megatron's way: tensor 4 x pipeline 2, sequence parallel, selective recomputation.
+# DeepSpeed's: ZeRO-3, a row on each rank. Which sends less, which holds less, which is faster?
+
+# %% slideshow={"slide_type": "subslide"}
+LARGE = LlamaConfig(
+    vocab_size=32_000, dim=2048, hidden_dim=5632, num_layers=2, num_heads=16, max_seq_len=2048
+)
+
+
+def megatron(comm):
+    mesh = comm.mesh(pp=2, tp=4)
+    model = parallelize(Llama(LARGE), mesh.tp, sequence_parallel=True)
+    stages = split_llama(model, mesh.pp.rank, 2, recompute="selective")
+    rows_ = torch.zeros(8, 2048, dtype=torch.long)
+    comm.memory.reset_peak()
+    loss = lambda y, t: vocab_parallel_cross_entropy(y, t, mesh.tp).mean()  # noqa: E731
+    Pipeline(mesh.pp, stages, one_f_one_b(2, 8), loss).step(rows_, rows_)
+
+
+def deepspeed(comm):
+    model = Llama(LARGE)
+    fsdp = FSDP(model, comm, model.layers)
+    rows_ = torch.zeros(1, 2048, dtype=torch.long)
+    comm.memory.reset_peak()
+    F.cross_entropy(fsdp(rows_).flatten(0, 1).float(), rows_.flatten()).backward()
+
+
+rows = [("", "step", "sent by a rank", "activations at most")]
+for name, program in (("TP 4 x PP 2", megatron), ("ZeRO-3", deepspeed)):
+    trace = run(8, program, shapes_only=True).trace
+    sent = max(trace.total(rank=r).wire_bytes for r in range(8)) / 1e9
+    peak = max(use.peak["activations"] for use in trace.memory().values()) / 1e9
+    rows.append((name, f"{trace.seconds * 1e3:.1f} ms", f"{sent:.2f} GB", f"{peak:.2f} GB"))
+table(*rows)
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# Not like for like: ZeRO-3 here recomputes nothing, and its batch could be larger. But the pattern
+# is general. ZeRO-3 sends parameters, however few the tokens; tensor parallelism sends activations,
+# and divides them. Few tokens and large layers favour the one, many tokens the other.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 10. Proof against production
+#
+# Two real processes: PyTorch's `Schedule1F1B` and ours on the same stages.
+
+
+# %% slideshow={"slide_type": "fragment"}
+def beside_torch(comm):
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+        (stage,) = split_llama(new_model(), comm.rank, comm.size)
+        wrapped = PipelineStage(stage, comm.rank, comm.size, torch.device("cpu"))
+        theirs = Schedule1F1B(wrapped, 4, loss_fn=loss_of)
+        theirs.step(inputs) if comm.rank == 0 else theirs.step(target=targets)
+    _, ours, _ = pipelined(comm, one_f_one_b)
+    return max(
+        ((ours[n.removeprefix("model.")] - p.grad).norm() / p.grad.norm()).item()
+        for n, p in stage.named_parameters()
+    )
+
+
+errors = run(2, beside_torch, backend="processes", is_measured=False).results
+print(f"largest relative difference from PyTorch's 1F1B: {max(errors):.0e}")
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# The tests go on: GPipe, interleaved and zero-bubble schedules of PyTorch, recomputation against
+# `torch.utils.checkpoint` bit for bit, tied embeddings; and random meshes of pipeline x data x
+# tensor parallelism with ZeRO stages against one rank.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 11. Published figures, recomputed
+
+
+# %% slideshow={"slide_type": "fragment"}
+def simulated_bubble(make, p, m, seconds=None):
+    units = sum(seconds.values()) if seconds else 3.0
+    end = max(t.end_seconds for t in simulate(make(p, m), seconds))
+    return (end - units * m) / units
+
+
+# Llama 3, table 4: GPUs, tensor, context, pipeline, data, TFLOP/s a GPU
+LAYOUTS = ((8192, 8, 1, 16, 64, 430, 43), (16384, 8, 1, 16, 128, 400, 41),
+           (16384, 8, 16, 16, 8, 380, 38))  # fmt: skip
+TABLE_5 = ((22e9, 2048, 6144, 64), (175e9, 2048, 12288, 96), (530e9, 2048, 20480, 128))
+split = {"F": 1.0, "B": 1.0, "W": 1.0}
+table(
+    ("", "published", "here"),
+    ("bubble (p, m) = (4, 8), (8, 32), (8, 64)", "(p-1)/m",
+     ", ".join(f"{simulated_bubble(one_f_one_b, p, m) / m:.6g}"
+               for p, m in ((4, 8), (8, 32), (8, 64)))),
+    ("1F1B, T_F = T_B = T_W, p = 4 (in T)", "9",
+     f"{3 * simulated_bubble(one_f_one_b, 4, 8, {'F': 1.0, 'B': 2.0, 'W': 0.0}):g}"),
+    ("ZB-H1, the same", "3", f"{3 * simulated_bubble(zero_bubble_h1, 4, 8, split):g}"),
+    ("micro-batches kept: GPipe, 1F1B, m = 32, p = 8", "m, p",
+     f"{peak_in_flight(gpipe(8, 32), 0)}, {peak_in_flight(one_f_one_b(8, 32), 0)}"),
+    ("GPUs of Llama 3's layouts, tp cp pp dp", "8192, 16384, 16384",
+     ", ".join(str(t * c * p * d) for _, t, c, p, d, *_ in LAYOUTS)),
+    ("their utilisation of 989.5 TFLOP/s", "43, 41, 38 %",
+     ", ".join(f"{100 * flops / 989.5:.1f} %" for *_, flops, _ in LAYOUTS)),
+    ("stream kept by output tensors, 530B, p = 35", "2.73 GB",
+     f"{2 * 2048 * 20480 * 35 / 2**30:.3f} GiB"),
+    ("full recomputation: FLOPs", "a third more", f"{4 / 3:.2f} x"),
+)  # fmt: skip
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# Llama 3's second layout is printed as 41 %: 400 of 989.5 TFLOP/s are 40.4 %. And the 530B model's
+# gigabytes are binary ones.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 12. What breaks in practice
+#
+# - **The loss divided twice, or not at all**: by the micro-batch's rows, and by m.
+# - **An update for each micro-batch**: those under way go back through other weights than they
+#   came.
+# - **A stage that is slower** than the others (embedding, head) sets the pace for all. Give it
+#   fewer layers.
+# - **Tied embeddings** live on the first and the last stage: their gradients are summed.
+# - **Batches that do not divide**:
+
+# %% slideshow={"slide_type": "fragment"}
+try:
+    run(2, pipelined, gpipe, 3)
+except ValueError as error:
+    print(str(error).split("\n")[0])
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 13. Summary
+#
+# - A pipeline sends little and waits: (p - 1)/m of its computing, under GPipe and 1F1B alike.
+# - 1F1B keeps p - rank micro-batches instead of m. Interleaving divides the bubble by v, zero
+#   bubble puts weights where ranks would wait.
+# - More micro-batches mean less bubble and more overhead.
+# - Recomputation: a third more time for a fraction of the memory, with the same random numbers.
+# - Tensor groups within a node, then data, pipelines across nodes.
+#
+# **Further reading.** Huang et al. 2018, *GPipe* (arXiv 1811.06965); Narayanan et al. 2021,
+# *Efficient Large-Scale Language Model Training* (arXiv 2104.04473); Qi et al. 2024, *Zero Bubble
+# Pipeline Parallelism* (arXiv 2401.10241); Korthikanti et al. 2022 (arXiv 2205.05198).
