@@ -4,6 +4,7 @@ ranks           the simulated machine: one program on N ranks, and the same on r
 data_parallel   other rows on each rank: all-reduce, DDP, restarts
 zero            the same, with each rank holding a part: ZeRO and FSDP
 tensor          a part of every matrix on each rank; sequence parallelism
+context         some of the positions on each rank: Ulysses, ring attention
 pipeline        some of the layers on each rank; recomputation, 3D groups
 context         a part of every text on each rank: Ulysses, Ring Attention
 """
