@@ -6,5 +6,4 @@ zero            the same, with each rank holding a part: ZeRO and FSDP
 tensor          a part of every matrix on each rank; sequence parallelism
 context         some of the positions on each rank: Ulysses, ring attention
 pipeline        some of the layers on each rank; recomputation, 3D groups
-context         a part of every text on each rank: Ulysses, Ring Attention
 """

@@ -8,8 +8,8 @@
 `mesh.cp` is the group of ranks that share a text: all of them get the same rows of the batch. It
 composes with the other axes. Tensor parallel: hand `parallelize(model, mesh.tp)` in as the model,
 and vocab_parallel_cross_entropy's losses to `share_of_mean`. Data parallel: gradients are a sum
-over cp, and a mean over dp. Pipeline: `split_llama(model, ..., context=context)`. One attention by
-itself: ring_attention(q, k, v, mesh.cp, Kernel(...)), and so forth.
+over cp, and a mean over dp. One attention by itself: ring_attention(q, k, v, mesh.cp, Kernel(...)),
+and so forth.
 
 layout        contiguous, zigzag, striped; who sees whom, and how much work that is
 partial       attention in parts: joined by log-sum-exp forward, added backward
