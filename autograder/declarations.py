@@ -24,6 +24,9 @@ class Exercise:
     """One function or class that a student writes, with the checks that grade it.
 
     `through` names the adapter function that calls a class exercise; `seconds` limits one check.
+    `on_ranks`: the adapter runs the answer on ranks; for a class, each is a process of its own, and
+    the adapter and its network are the grader's. `is_measured`: the checks rest on memory or time
+    measured where the answer runs.
     """
 
     name: str
@@ -34,6 +37,8 @@ class Exercise:
     hints: tuple[str, str, str]
     through: str | None = None
     seconds: float = 10.0
+    on_ranks: bool = False
+    is_measured: bool = False
     checks: tuple[Check, ...] = field(default=())
 
     @property

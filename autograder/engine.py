@@ -13,6 +13,7 @@ from autograder.diagnosis import Memory, diagnose
 from autograder.limits import OutOfTime, captured_output, time_limit
 from autograder.refusals import Refusal
 from autograder.results import PASSED, CheckResult, Diagnosis, ExerciseResult
+from autograder.spies import num_entered
 from autograder.student import Student, StudentError, with_replacement
 from autograder.workspace import Chapter
 
@@ -56,6 +57,21 @@ def grade_namespace(
     Whoever grades many answers to it passes one `memory`: misconceptions then run once an input.
     """
     student = Student(namespace, source)
+    return grade_student(chapter, exercise, student, adapters, seed=seed, on_failure=on_failure,
+                         memory=memory)  # fmt: skip
+
+
+def grade_student(
+    chapter: Chapter,
+    exercise: Exercise,
+    student: Student,
+    adapters: types.ModuleType | None,
+    *,
+    seed: int = 0,
+    on_failure: Failure | None = None,
+    memory: Memory | None = None,
+) -> ExerciseResult:
+    """Grade answers wherever they run: `student` calls them."""
     results = run_checks(chapter, exercise, student, seed, on_failure)
     diagnosis = None
     if any(r.status in (refusals.WRONG_VALUE, refusals.RAISED, refusals.WRONG_SHAPE,
@@ -87,10 +103,14 @@ def run_checks(
         if results and results[-1].status in (*refusals.FINAL, refusals.NOT_RUN):
             results.append(CheckResult(check.name, check.says, refusals.NOT_RUN, check.points))
             continue
-        num_calls = len(student.calls)
+        num_calls, num_spies = len(student.calls), num_entered()
+        student.begin(exercise.seconds)
         status, message = _run(grader, exercise, check, student, seed, on_failure)
         student.refused += student.calls[num_calls:] if status != PASSED else []
-        results.append(CheckResult(check.name, check.says, status, check.points, message))
+        is_measured = exercise.is_measured or num_entered() > num_spies
+        results.append(
+            CheckResult(check.name, check.says, status, check.points, message, is_measured)
+        )
     return results
 
 
@@ -104,7 +124,7 @@ def _run(
 ) -> tuple[str, str]:
     rng = torch.Generator().manual_seed(seed)
     try:
-        with time_limit(exercise.seconds):
+        with time_limit(exercise.seconds + student.grace_seconds):
             check.function(grader(), student, rng)
     except OutOfTime:
         return refusals.TOO_SLOW, (

@@ -13,6 +13,7 @@ WRONG_VALUE = "wrong value"
 MUTATED = "changed its input"
 TOO_SLOW = "out of time"
 CRASHED = "ended the process"
+UNVERIFIED = "not verified"
 NOT_RUN = "not run"
 GRADER_FAILED = "grader failed"
 

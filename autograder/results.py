@@ -10,13 +10,17 @@ PASSED = "passed"
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check: `status` is 'passed' or the kind of refusal (autograder.refusals)."""
+    """One check: `status` is 'passed' or the kind of refusal (autograder.refusals).
+
+    `is_measured`: it rests on bytes or time measured in the process in which the answer ran.
+    """
 
     name: str
     says: str
     status: str
     points: float
     message: str = ""
+    is_measured: bool = False
 
     @property
     def earned(self) -> float:

@@ -24,6 +24,7 @@ def _whole(rng, low, high):
     difficulty=3,
     see="4. All-reduce from messages",
     through="run_ring_all_reduce",
+    on_ranks=True,
     hints=(
         "Draw four ranks and four parts. In step 0 rank r sends part r. Which part must it send in "
         "step 1, so that what it has just added goes on?",
@@ -185,6 +186,7 @@ class TestPlaceOfRank:
     difficulty=2,
     see="6. Data parallelism",
     through="run_mean_gradient",
+    on_ranks=True,
     hints=(
         "Which quantity of a rank can simply be added to those of others: its mean, or its sum?",
         "Right with equal batches only: a mean of means weighs rows of small batches more. Wrong "
@@ -296,6 +298,8 @@ class TestAssignBuckets:
     difficulty=3,
     see="7. Hooks and overlap",
     through="run_overlapped_backward",
+    on_ranks=True,
+    is_measured=True,
     hints=(
         "The network is idle while you compute, and you are idle while the network works. What has "
         "to happen before the first dx is computed?",
@@ -364,6 +368,7 @@ class TestOverlappedBackward:
     difficulty=1,
     see="9. Accumulation",
     through="run_accumulated_gradient",
+    on_ranks=True,
     hints=(
         "A mean of means of equally many numbers is the mean of all. Where does the network have "
         "to come in, and how often?",
@@ -403,6 +408,7 @@ class TestAccumulatedGradient:
     difficulty=2,
     see="11. Buffers and batch normalization",
     through="run_batch_statistics",
+    on_ranks=True,
     hints=(
         "Two ranks, one row each: what is the variance on each rank, and what is it of both rows?",
         "Right means, wrong variances: a mean of variances forgets how far the ranks' means lie "
@@ -452,6 +458,7 @@ class TestBatchStatistics:
     difficulty=3,
     see="12. Uneven inputs",
     through="run_train_until_all_are_done",
+    on_ranks=True,
     hints=(
         "A rank that has no data left must still be in each all-reduce. What does it bring along, "
         "and how does it learn that everybody is done?",

@@ -5,55 +5,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autograder import exercise, expect, points
-from autograder.spies import largest_new_tensor
-
-PRODUCTS = {"mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv"}
-COPIES = {"clone", "_to_copy", "cat", "stack", "copy", "detach_copy"}
-
-
-class rows_through(TorchDispatchMode):
-    """Counts the rows that are multiplied with each of some weights (D, d), or with parts of them.
-
-    A copy counts as its weight. Operations that see no weight cost next to nothing.
-    """
-
-    def __init__(self, *weights):
-        super().__init__()
-        self.rows, self._depth, self._size = [0] * len(weights), *weights[0].shape
-        self._known = {_storage(w): [i] for i, w in enumerate(weights)}
-        self._held = []  # copies, so that no storage is used again
-
-    @classmethod
-    def _should_skip_dynamo(cls):
-        return False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
-        given = [t for t in given if isinstance(t, torch.Tensor)]
-        which = {i for t in given for i in self._known.get(_storage(t), ())}
-        if which and isinstance(out, torch.Tensor) and _storage(out) not in self._known:
-            self._count(func.overloadpacket.__name__, given, out, which)
-        return out
-
-    def _count(self, name, given, out, which):
-        if name in COPIES:
-            self._known[_storage(out)] = list(which)
-            self._held.append(out)
-            return
-        rows = out.numel() // (self._depth * self._size)
-        if name in PRODUCTS:
-            others = [t for t in given[-2:] if _storage(t) not in self._known]
-            rows = sum(t.numel() for t in others) // self._depth
-        for i in which:
-            self.rows[i] += rows
-
-
-def _storage(tensor):
-    return tensor.untyped_storage()._cdata
+from autograder.spies import largest_new_tensor, rows_through
 
 
 def _normal(rng, *shape):

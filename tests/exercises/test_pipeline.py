@@ -155,6 +155,8 @@ class TestLiveMicroBatches:
     difficulty=3,
     see="2. Stages and micro-batches",
     through="run_pipelined_gradient",
+    on_ranks=True,
+    is_measured=True,
     hints=(
         "What does a stage need for its backward that its forward knew? Keep that, for each "
         "micro-batch.",

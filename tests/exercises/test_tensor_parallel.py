@@ -23,6 +23,7 @@ def _whole(rng, low, high):
     difficulty=2,
     see="3. A pair of layers",
     through="run_parallel_mlp",
+    on_ranks=True,
     hints=(
         "Which way of cutting the first matrix lets each rank apply relu to what it has, without "
         "asking the others?",
@@ -87,6 +88,7 @@ class TestParallelMLP:
     difficulty=1,
     see="3. A pair of layers",
     through="run_row_parallel_linear",
+    on_ranks=True,
     hints=(
         "Run it on two ranks in your head, with zeros for x. What comes out?",
         "Off by a multiple of the bias: it is the same on all ranks, and a sum over ranks counts "
@@ -172,6 +174,7 @@ class TestHeadsOfRank:
     difficulty=3,
     see="5. The vocabulary",
     through="run_vocab_parallel_loss",
+    on_ranks=True,
     hints=(
         "Which three numbers of a row do all ranks together need? One of them is a maximum.",
         "Infinite: shift by the largest logit of all ranks before exp. A wrong target's logit: on "
@@ -280,6 +283,7 @@ class TestDropoutSeed:
     difficulty=2,
     see="7. Sequence parallelism",
     through="run_sequence_parallel_sublayer",
+    on_ranks=True,
     hints=(
         "Which of norm, inner and the residual needs other ranks' positions?",
         "Right values, too many bytes: an all-reduce gives everybody all positions, of which all "
@@ -378,6 +382,8 @@ class TestTensorParallelBytes:
     difficulty=3,
     see="9. Computing while gathering",
     through="run_matmul_reduce_scatter",
+    on_ranks=True,
+    is_measured=True,
     hints=(
         "The part that arrives last must be your own. With which part does the round begin, then?",
         "Too slow: all products before the first message, or a wait before the next product. Start "

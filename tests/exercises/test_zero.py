@@ -108,6 +108,7 @@ class TestElementsPerStep:
     difficulty=2,
     see="3. Stage 1: update a part",
     through="run_zero1_step",
+    on_ranks=True,
     hints=(
         "Which elements of the mean gradient does this rank need? There is an operation that gives "
         "it those and no others.",
@@ -165,6 +166,7 @@ class TestZero1Step:
     difficulty=3,
     see="5. Stage 3: borrow, compute, forget",
     through="run_sharded_linear",
+    is_measured=True,
     hints=(
         "What may ctx.save_for_backward keep, if no rank may hold W until backward?",
         "Held bytes above 0: W, or a view of it, is still referenced by ctx. Right values and too "
@@ -229,6 +231,7 @@ class TestShardedLinear:
     difficulty=3,
     see="6. Prefetch",
     through="run_prefetched_forward",
+    is_measured=True,
     hints=(
         "The network is busy while the layer computes only if its work was started before.",
         "Too slow: look where start and wait stand, relative to the product. Too many weights: a "
@@ -294,6 +297,7 @@ class TestPrefetchedForward:
     difficulty=2,
     see="7. The norm of what nobody holds",
     through="run_clip_sharded",
+    on_ranks=True,
     hints=(
         "Clip the gradient (3, 4) on one rank, and with 3 and 4 on two ranks. Which factors?",
         "Norms as large as the sum of all ranks': square first, reduce, then take the root. "
@@ -340,6 +344,7 @@ class TestClipSharded:
     difficulty=2,
     see="8. Hybrid sharding",
     through="run_hybrid_reduce",
+    on_ranks=True,
     hints=(
         "Two groups, two operations. Which order sends less between nodes?",
         "Right values but too much traffic between nodes: reduce within the node first; then only "

@@ -21,6 +21,8 @@ from reference.parallel.ranks.membership import Membership, Rank
 class Handle:
     """An operation under way. Its result is there after `wait`, and not before."""
 
+    remote = ("wait", "is_completed")
+
     def __init__(self, call: Call, me: Rank, result: Tensor | None) -> None:
         self._call, self._me, self._result = call, me, result
         with me.meter.paused(), torch.no_grad():
@@ -51,6 +53,13 @@ class Comm(Membership):
     Raises (all operations): ValueError and TypeError for arguments that cannot be right;
     CollectiveMismatch and Deadlock, which name each rank, its call and its line.
     """
+
+    # What a rank's program may ask of it from another process: no ledger, no clock.
+    remote = (
+        "rank", "size", "global_rank", "world_size", "local_rank", "node", "device", "now_seconds",
+        "all_reduce", "reduce", "broadcast", "all_gather", "gather", "reduce_scatter", "scatter",
+        "all_to_all", "barrier", "send", "recv", "isend", "irecv", "split", "mesh",
+    )  # fmt: skip
 
     def all_reduce(self, tensor: Tensor, op: str = "sum", *, async_op: bool = False) -> Any:
         """Reduce over all ranks, in place: afterwards all have the same."""

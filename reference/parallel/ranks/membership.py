@@ -193,6 +193,11 @@ class Mesh:
         for axis in axes:
             self[axis]
 
+    @property
+    def remote(self) -> tuple[str, ...]:
+        """What a rank's program may ask of it from another process."""
+        return (*self.shape, "__getitem__", "shape", "coordinates", "rank_at")
+
     def __getitem__(self, axes: str | tuple[str, ...]) -> Comm:
         names = (axes,) if isinstance(axes, str) else tuple(axes)
         unknown = set(names) - set(self.shape)

@@ -1,0 +1,1 @@
+"""Runs answers in confined processes that the grader talks to in plain values."""

@@ -1,0 +1,421 @@
+"""Two processes that call each other's functions: the grader's side and the answer's are the same.
+
+A call carries values (see wire). What does not travel as a value stays where it is, and the other
+side gets a stub that calls back. A result with a graph keeps it where it was computed; on the other
+side its backward asks for a vector-Jacobian product. Arguments that a function changes in place
+are changed on the caller's side too, when it returns.
+
+Calls nest strictly: whoever waits for an answer serves the requests that come before it.
+"""
+
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autograder.isolation.channel import Channel
+from autograder.isolation.wire import Decoder, Encoder, WireError
+from autograder.recording import _without_spies
+
+MAX_NESTING = 60
+MAX_GRAPHS = 256
+MAX_TEXT = 4000
+
+Serve = Callable[..., Any]
+
+
+class RemoteError(Exception):
+    """What was raised on the other side: names of its type's bases, its text, a fuller message."""
+
+    def __init__(self, types: list[str], text: str, told: str, again: Any = None) -> None:
+        super().__init__(text)
+        self.types, self.text, self.told, self.again = types, text, told, again
+
+
+class Peer:
+    """One end of the channel.
+
+    `functions` are what the other side may call by name; `export` says which attributes of an
+    object that stays here the other side may use (None: the object may not be referred to).
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        functions: dict[str, Callable[..., Any]],
+        export: Callable[[Any], Sequence[str] | None],
+        *,
+        is_trusted: bool,
+    ) -> None:
+        self.channel, self._functions, self._export = channel, functions, export
+        self._is_trusted = is_trusted  # whether this side believes what comes back about errors
+        self._objects: dict[int, tuple[Any, tuple[str, ...], list[Tensor]]] = {}
+        self._graphs: OrderedDict[int, tuple[list[Tensor], list[Tensor]]] = OrderedDict()
+        self._raised: dict[int, BaseException] = {}
+        self._count, self._depth = 0, 0
+        self.spent: Callable[[], float] = lambda: 0.0  # work since it was last asked
+        self.on_spent: Callable[[float], None] = lambda work: None
+        self.leaving: dict[str, Any] = {}  # what the next answer of this side carries besides
+        self.arrived: dict[str, Any] = {}  # what the last answer of the other side carried
+
+    def forget(self) -> None:
+        """Let go of objects, graphs and errors of earlier calls."""
+        self._objects.clear()
+        self._raised.clear()
+
+    # Calling
+
+    def call(
+        self, name: str, args: Any, kwargs: Any, given: list[Tensor] | None = None, **more: Any
+    ) -> tuple[Any, list[Tensor]]:
+        """Call a function of the other side; also gives the tensors that went there.
+
+        `given`: tensors that an earlier call left there, and that this one may have changed.
+        Raises: RemoteError for what it raises; Closed, Late and WireError for the channel.
+        """
+        with _without_spies():
+            return self._ask(name, args, kwargs, given or [], more)
+
+    def _ask(
+        self, name: str, args: Any, kwargs: Any, given: list[Tensor], more: dict[str, Any]
+    ) -> tuple[Any, list[Tensor]]:
+        message = Encoder(reference=self._refer)
+        header = {
+            "m": "call", "f": name, "a": message.value(list(args)), "k": message.value(kwargs),
+            "grad": torch.is_grad_enabled(), "spent": self.spent(), **more,
+        }  # fmt: skip
+        self.channel.send(message.frame(header))
+        own = message.tensors + given
+        answer = self._answer(own)
+        before = [args, kwargs]
+        self._write_back(answer, own, message.generators, before)
+        value = answer.value(answer.header.get("r"))
+        return self._with_graph(value, answer, message.tensors), message.tensors
+
+    def _answer(self, own: list[Tensor]) -> Decoder:
+        while True:
+            answer = Decoder(self.channel.receive(), own, self._stub)
+            kind = answer.header.get("m")
+            if kind not in ("done", "fail"):
+                self._serve(answer)
+                continue
+            self._note_work(answer.header)
+            arrived = answer.value(answer.header.get("besides", {"d": []}))
+            self.arrived = arrived if type(arrived) is dict else {}
+            if kind == "fail":
+                raise self._error_of(answer.header)
+            return answer
+
+    def _note_work(self, header: dict[str, Any]) -> None:
+        work = header.get("spent")
+        if isinstance(work, (int, float)) and 0 < work < 1e18:
+            self.on_spent(float(work))
+
+    def _error_of(self, header: dict[str, Any]) -> BaseException:
+        kept = self._raised.get(header.get("again", -1)) if self._is_trusted else None
+        if kept is not None:
+            return kept
+        types = [str(t)[:80] for t in _list_of(header.get("e"))[:20]]
+        text, told = (str(header.get(key))[:MAX_TEXT] for key in ("s", "x"))
+        return RemoteError(types, text, told, header.get("again"))
+
+    def _write_back(
+        self, answer: Decoder, own: list[Tensor], generators: list[Any], before: list[Any]
+    ) -> None:
+        with torch.no_grad():
+            for pair in answer.header.get("changed", []):
+                index, encoded = pair
+                new = answer.value(encoded)
+                if not 0 <= index < len(own) or type(new) is not Tensor:
+                    raise WireError("changed: expected a tensor")
+                if own[index].shape == new.shape and own[index].dtype == new.dtype:
+                    own[index].copy_(new)
+                else:
+                    own[index].data = new.detach()
+        states = [answer.value(s) for s in answer.header.get("states", [])]
+        for generator, state in zip(generators, states, strict=False):
+            generator.set_state(state.get_state())
+        if "lists" in answer.header:
+            _refill(before, answer.value(answer.header["lists"]))
+
+    def _with_graph(self, value: Any, answer: Decoder, sent: list[Tensor]) -> Any:
+        marked = answer.header.get("graph")
+        if marked is None or not torch.is_grad_enabled():
+            return value
+        call, indices, leaves = marked
+        outputs = [answer.tensors[i] for i in indices]
+        inputs = [sent[i] for i in leaves]
+        if not inputs or not any(t.requires_grad for t in inputs):
+            return value
+        with_graph = _Remote.apply(self, call, [o.detach() for o in outputs], *inputs)
+        swaps = {id(old): new for old, new in zip(outputs, with_graph, strict=True)}
+        return _swapped(value, swaps)
+
+    def vjp(self, call: int, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of a call's inputs, given those of its outputs."""
+        with _without_spies():
+            message = Encoder()
+            self.channel.send(
+                message.frame({"m": "vjp", "c": call, "g": message.value(list(grads))})
+            )
+            answer = self._answer([])
+            found: list[Tensor | None] = answer.value(answer.header.get("r"))
+            return found
+
+    # Serving
+
+    def serve_one(self) -> None:
+        """Wait for one request and answer it."""
+        self._serve(Decoder(self.channel.receive(), [], self._stub))
+
+    def _serve(self, request: Decoder) -> None:
+        self._note_work(request.header)
+        self._depth += 1
+        try:
+            if self._depth > MAX_NESTING:
+                raise WireError("calls are nested too deep")
+            if request.header.get("m") == "vjp":
+                frame = self._served_vjp(request)
+            elif request.header.get("m") == "call":
+                frame = self._served_call(request)
+            else:
+                raise WireError("message: expected a call")
+        finally:
+            self._depth -= 1
+        self.channel.send(frame)
+
+    def _served_call(self, request: Decoder) -> bytes:
+        header = request.header
+        args = [request.value(a) for a in _list_of(header.get("a"))]
+        kwargs = request.value(header.get("k"))
+        if type(kwargs) is not dict or not all(type(k) is str for k in kwargs):
+            raise WireError("keywords: expected names")
+        before = _contents(request.tensors)
+        outline = _outline([args, kwargs])
+        try:
+            function, given, known = self._target(header.get("f"))
+            with torch.set_grad_enabled(header.get("grad") is True):
+                value = function(*args, **kwargs)
+        except WireError:
+            raise
+        except BaseException as error:
+            return self._failed(error)
+        own = request.tensors + given
+        message = Encoder(
+            {id(t): i for i, t in enumerate(own)}, lambda v: self._refer(v, request.tensors)
+        )
+        done: dict[str, Any] = {"m": "done", "r": message.value(value)}
+        results = list(message.tensors)
+        done["changed"] = self._changed(own, before + known, message)
+        done["states"] = [message.value(g) for g in request.generators]
+        if _outline([args, kwargs]) != outline:
+            done["lists"] = message.value([args, kwargs])
+        self._keep_graph(done, request.tensors, results)
+        return message.frame(done | self._besides(message))
+
+    def _besides(self, message: Encoder) -> dict[str, Any]:
+        besides, self.leaving = message.value(self.leaving), {}
+        return {"besides": besides, "spent": self.spent()}
+
+    def _changed(self, own: list[Tensor], before: list[bytes], message: Encoder) -> list[Any]:
+        changed = []
+        for i, (tensor, then) in enumerate(zip(own, before, strict=True)):
+            if _contents([tensor]) != [then]:
+                changed.append([i, message.value(tensor.detach())])
+        return changed
+
+    def _keep_graph(
+        self, done: dict[str, Any], inputs: list[Tensor], results: list[Tensor]
+    ) -> None:
+        outputs = [(i, t) for i, t in enumerate(results) if t.grad_fn is not None]
+        leaves = [(i, t) for i, t in enumerate(inputs) if t.requires_grad]
+        if not outputs or not leaves:
+            return
+        self._count += 1
+        self._graphs[self._count] = ([t for _, t in leaves], [t for _, t in outputs])
+        if len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        done["graph"] = [self._count, [i for i, _ in outputs], [i for i, _ in leaves]]
+
+    def _served_vjp(self, request: Decoder) -> bytes:
+        grads = request.value(request.header.get("g"))
+        try:
+            inputs, outputs = self._graphs[request.header["c"]]
+            wanted = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+            found = torch.autograd.grad(
+                [o for o, _ in wanted], inputs, [g for _, g in wanted],
+                allow_unused=True, retain_graph=True,
+            )  # fmt: skip
+        except BaseException as error:
+            return self._failed(error)
+        message = Encoder()
+        return message.frame({"m": "done", "r": message.value(list(found))})
+
+    def _failed(self, error: BaseException) -> bytes:
+        header: dict[str, Any] = {"m": "fail"}
+        if isinstance(error, RemoteError):
+            header |= {"e": error.types, "s": error.text, "x": error.told}
+        else:
+            header["e"] = [t.__name__ for t in type(error).__mro__]
+            header["s"], header["x"] = _text(error), explained(error)
+        if self._is_trusted:
+            self._raised[len(self._raised)] = error
+            header["again"] = len(self._raised) - 1
+        elif type(again := getattr(error, "again", None)) is int:
+            header["again"] = again
+        message = Encoder()
+        return message.frame(header | self._besides(message))
+
+    def _target(self, name: Any) -> tuple[Callable[..., Any], list[Tensor], list[bytes]]:
+        if type(name) is str and name in self._functions:
+            return self._functions[name], [], []
+        if type(name) is list and len(name) == 2 and name[0] in self._objects:
+            found, names, given = self._objects[name[0]]
+            if name[1] == "__call__" and "__call__" in names:
+                return found, given, _contents(given)
+            if type(name[1]) is str and name[1] in names:
+                attribute = getattr(found, name[1])
+                if callable(attribute):
+                    return attribute, given, _contents(given)
+                return (lambda: attribute), given, _contents(given)
+        raise WireError("call: no such function")
+
+    def _refer(self, value: Any, given: list[Tensor] | None = None) -> dict[str, Any] | None:
+        if isinstance(value, Stub):
+            return {"o": value._kind}
+        names = self._export(value)
+        if names is None:
+            return None
+        key = id(value)
+        self._objects.setdefault(key, (value, tuple(names), given or []))
+        plain = [n for n in names if n != "__call__" and not callable(getattr(value, n, None))]
+        return {"r": key, "n": list(names), "plain": plain, "kind": type(value).__name__}
+
+    def _stub(self, encoded: dict[str, Any]) -> Any:
+        if self._is_trusted:
+            raise WireError("an object of the other side's: only values are taken")
+        names = [str(n) for n in encoded.get("n", [])][:100]
+        stub = Stub(self, encoded["r"], names, [str(n) for n in encoded.get("plain", [])])
+        stub._kind = str(encoded.get("kind"))
+        return stub
+
+
+class Stub:
+    """An object of the other side's: its listed attributes, read or called there."""
+
+    def __init__(self, peer: Peer, key: int, names: list[str], plain: list[str]) -> None:
+        self._peer, self._key, self._names, self._plain = peer, key, names, plain
+        self._given: list[Tensor] = []
+        self._kind = "object"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._names:
+            listed = ", ".join(n for n in self._names if not n.startswith("_"))
+            raise AttributeError(f"{name}: there are {listed}")
+        if name in self._plain:
+            return self._request(name, (), {})
+        return lambda *args, **kwargs: self._request(name, args, kwargs)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._request("__getitem__", (key,), {})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._request("__call__", args, kwargs)
+
+    def _request(self, name: str, args: Any, kwargs: Any) -> Any:
+        value, sent = self._peer.call([self._key, name], args, kwargs, self._given)  # type: ignore[arg-type]
+        if isinstance(value, Stub):
+            value._given = sent
+        return value
+
+
+class _Remote(torch.autograd.Function):
+    """The tensors that a call gave back, whose graph is on the other side."""
+
+    @staticmethod
+    def forward(ctx: Any, peer: Peer, call: int, outputs: list[Tensor], *inputs: Tensor) -> Any:
+        ctx.peer, ctx.call = peer, call
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None, None, None, *ctx.peer.vjp(ctx.call, grads)
+
+
+def _swapped(value: Any, swaps: dict[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return swaps.get(id(value), value)
+    if type(value) in (list, tuple):
+        return type(value)(_swapped(v, swaps) for v in value)
+    if type(value) is dict:
+        return {k: _swapped(v, swaps) for k, v in value.items()}
+    return value
+
+
+def _refill(mine: Any, theirs: Any) -> None:
+    """Give lists and dicts of the caller's the contents that they have on the other side."""
+    if type(mine) is list and type(theirs) is list:
+        for a, b in zip(mine, theirs, strict=False):
+            _refill(a, b)
+        if len(mine) != len(theirs):
+            mine[:] = theirs
+        else:
+            mine[:] = [_kept(a, b) for a, b in zip(mine, theirs, strict=True)]
+    elif type(mine) is tuple and type(theirs) in (tuple, list):
+        for a, b in zip(mine, theirs, strict=False):
+            _refill(a, b)
+    elif type(mine) is dict and type(theirs) is dict:
+        for key in mine.keys() & theirs.keys():
+            _refill(mine[key], theirs[key])
+        new = {k: _kept(mine[k], v) if k in mine else v for k, v in theirs.items()}
+        mine.clear()
+        mine.update(new)
+
+
+def _kept(mine: Any, theirs: Any) -> Any:
+    is_container = type(mine) in (list, dict, tuple) and type(theirs) is type(mine)
+    stays = is_container or not isinstance(theirs, (int, float, str, bool, type(None), Tensor))
+    return mine if stays else theirs
+
+
+def _contents(tensors: list[Tensor]) -> list[bytes]:
+    found = []
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().flatten()
+        head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+        found.append(head + flat.view(torch.uint8).numpy().tobytes() if flat.numel() else head)
+    return found
+
+
+def _outline(value: Any) -> Any:
+    """What changes when somebody adds to, takes from or replaces in a list or dict."""
+    if type(value) in (list, tuple):
+        return [_outline(v) for v in value]
+    if type(value) is dict:
+        return [(k, _outline(v)) for k, v in value.items()]
+    return id(value)
+
+
+def _list_of(value: Any) -> list[Any]:
+    if type(value) is not list:
+        raise WireError("arguments: expected a list")
+    return value
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)[:MAX_TEXT]
+    except Exception:
+        return f"an exception of type {type(error).__name__} that cannot be printed"
+
+
+def explained(error: BaseException) -> str:
+    from autograder.student import explain_error
+
+    try:
+        return explain_error(error)[:MAX_TEXT]
+    except Exception:
+        return "".join(traceback.format_exception_only(type(error), None)).strip()

@@ -1,0 +1,110 @@
+"""Whether an answer file reaches for the machinery that measures it.
+
+Values and traffic are checked where no answer runs. Allocations and FLOPs can be counted only in
+the answer's own process, by torch's dispatch modes. Code that keeps to tensors cannot touch those;
+this module lists what in a file goes beyond.
+"""
+
+import ast
+
+MODULES = frozenset({
+    "torch", "math", "cmath", "statistics", "itertools", "functools", "operator", "collections",
+    "dataclasses", "typing", "enum", "fractions", "decimal", "random", "heapq", "bisect", "string",
+    "re", "copy", "json", "abc", "contextlib", "__future__", "reference", "transformers",
+    "warnings", "time",
+})  # fmt: skip
+PARTS_OF_TORCH = frozenset({
+    "nn", "functional", "autograd", "linalg", "optim", "fft", "special", "cuda", "modules",
+    "parameter", "init", "utils", "Tensor", "Generator",
+})  # fmt: skip
+NAMES = frozenset({
+    "eval", "exec", "compile", "open", "__import__", "globals", "locals", "vars", "getattr",
+    "setattr", "delattr", "breakpoint", "input", "memoryview", "__builtins__", "__loader__",
+    "__spec__",
+})  # fmt: skip
+ATTRIBUTES = frozenset({
+    "numpy", "ctypes", "_C", "ops", "library", "overrides", "multiprocessing", "jit", "compile",
+    "compiler", "_dynamo", "storage", "untyped_storage", "data_ptr", "set_", "from_dlpack",
+    "to_dlpack", "from_file", "load", "save", "__class__", "__dict__", "__globals__",
+    "__subclasses__", "__bases__", "__mro__", "__code__", "__closure__", "__builtins__",
+    "__getattribute__", "__torch_dispatch__", "__torch_function__", "__reduce__", "gi_frame",
+    "f_back", "f_globals", "f_locals", "tb_frame", "cr_frame", "utils", "modules",
+})  # fmt: skip
+DUNDERS = frozenset({
+    "__init__", "__call__", "__name__", "__doc__", "__len__", "__iter__", "__next__", "__enter__",
+    "__exit__", "__getitem__", "__post_init__", "__repr__", "__file__", "__main__",
+})  # fmt: skip
+
+
+def suspicions(text: bytes) -> list[str]:
+    """What in the file could change a measurement, each with its line; [] for ordinary answers."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ["it cannot be parsed"]
+    found = []
+    modules = _modules(tree)
+    for node in ast.walk(tree):
+        for what in [*_of(node), *_patches(node, modules)]:
+            found.append((getattr(node, "lineno", 0), what))
+    return [f"{what} (line {line})" for line, what in sorted(set(found))]
+
+
+def _of(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [f"import {a.name}" for a in node.names if not _is_ordinary(a.name)]
+    if isinstance(node, ast.ImportFrom):
+        module = node.module or "."
+        names = [f"{module}.{a.name}" for a in node.names]
+        return [f"from {module} import {n.rpartition('.')[2]}" for n in names
+                if not _is_ordinary(module) or not _is_ordinary(n) or node.level]  # fmt: skip
+    if isinstance(node, ast.Name) and (node.id in NAMES or _is_private(node.id)):
+        return [node.id] if node.id != "_" else []
+    if isinstance(node, ast.Attribute) and (node.attr in ATTRIBUTES or _is_dunder(node.attr)):
+        return [f".{node.attr}"]
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("__"):
+        return [] if node.name in DUNDERS else [f"def {node.name}"]
+    return []
+
+
+def _modules(tree: ast.AST) -> set[str]:
+    """The names that imports bind."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {a.asname or a.name.partition(".")[0] for a in node.names}
+    return names
+
+
+def _is_ordinary(module: str) -> bool:
+    first, *rest = module.split(".")
+    if first not in MODULES or any(part.startswith("_") for part in rest):
+        return False
+    if first == "torch" and rest:
+        return rest[0] in PARTS_OF_TORCH - {"utils"} or (
+            len(rest) == 1 and rest[0] not in ATTRIBUTES
+        )
+    return True
+
+
+def _patches(node: ast.AST, modules: set[str]) -> list[str]:
+    """Assignments to attributes of what is imported: torch.matmul = ..."""
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    found = []
+    for target in targets:
+        for part in ast.walk(target) if target is not None else []:
+            if isinstance(part, ast.Attribute) and isinstance(part.ctx, (ast.Store, ast.Del)):
+                base = part.value
+                while isinstance(base, (ast.Attribute, ast.Call, ast.Subscript)):
+                    base = base.func if isinstance(base, ast.Call) else base.value
+                if isinstance(base, ast.Name) and base.id in modules:
+                    found.append(f"{base.id}...{part.attr} = ")
+    return found
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("__") and name not in DUNDERS
+
+
+def _is_dunder(name: str) -> bool:
+    return name.startswith("__") and name not in DUNDERS

@@ -1,0 +1,93 @@
+"""The grader's end: a host process, and the confined workers that it forks."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from autograder.isolation import sandbox
+from autograder.isolation.channel import Channel
+
+
+class Workers:
+    """Forks workers from one host process, and ends them. Use as a context manager.
+
+    Raises: NoSandbox, unless `is_trusted`, where this machine cannot confine a process.
+    """
+
+    def __init__(self, root: Path, *, is_trusted: bool = False) -> None:
+        if not is_trusted and (reason := sandbox.unavailable()):
+            raise sandbox.NoSandbox(reason)
+        self._is_trusted = is_trusted
+        ours, theirs = socket.socketpair()
+        self._control = ours
+        package = str(Path(__file__).parents[2])
+        self._host = subprocess.Popen(
+            [sys.executable, "-s", "-m", "autograder.isolation.host", str(theirs.fileno()), root],
+            pass_fds=[theirs.fileno()], env=clean_environment(package), cwd=root,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        theirs.close()
+        self._processes: dict[int, Channel] = {}
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        return self._host.pid
+
+    def prepare(self, modules: list[str]) -> None:
+        """Import modules in the host, so that workers find them in memory."""
+        self._command({"do": "import", "names": modules})
+
+    def start(self) -> tuple[int, Channel]:
+        """A fresh worker and the channel to it."""
+        ours, theirs = socket.socketpair()
+        request = {"do": "fork", "is_trusted": self._is_trusted}
+        process = self._command(request, [theirs.fileno()])
+        theirs.close()
+        channel = Channel(ours.detach())
+        self._processes[process] = channel
+        return process, channel
+
+    def end(self, process: int) -> int:
+        """Kill a worker, if it still lives; returns its exit status as os.waitpid gives it."""
+        self._processes.pop(process).close()
+        status: int = self._command({"do": "end", "process": process})
+        return status
+
+    def close(self) -> None:
+        """End all workers and the host."""
+        self._host.kill()
+        self._host.wait()
+        for channel in self._processes.values():
+            channel.close()
+        self._control.close()
+
+    def _command(self, command: dict[str, Any], descriptors: list[int] | None = None) -> Any:
+        data = json.dumps(command).encode()
+        socket.send_fds(self._control, [data], descriptors or [])
+        reply = b""
+        while not reply.endswith(b"\n"):
+            part = self._control.recv(65536)
+            if not part:
+                raise RuntimeError(f"the host of the workers ended, status {self._host.wait()}")
+            reply += part
+        return json.loads(reply)
+
+
+def clean_environment(package: str) -> dict[str, str]:
+    """Nothing of the instructor's: tokens live in environments."""
+    kept = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ}
+    return kept | {
+        "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "LANG": "C.UTF-8", "HOME": "/",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }  # fmt: skip
