@@ -1,4 +1,5 @@
-"""The terminal: `python -m autograder [chapter [exercise]]`, `python -m autograder watch`."""
+"""The terminal: `python -m autograder [chapter [exercise]]`, `... watch`, and for teachers
+`... class SUBMISSIONS --out DIR`."""
 
 import argparse
 import pdb
@@ -27,6 +28,11 @@ Work = list[tuple[Chapter, list[Exercise]]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Grade and report. 0: all points; 1: not all; 2: a name or option that does not exist."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["class"]:
+        from autograder.classroom.command import main as grade_class
+
+        return grade_class(words[1:])
     options = _parser().parse_args(argv)
     console = Console(stderr=False)
     try:

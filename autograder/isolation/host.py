@@ -22,7 +22,7 @@ import autograder.spies  # noqa: F401
 import autograder.student  # noqa: F401  (children must not need to read it)
 from autograder.isolation import answers, sandbox
 
-MEMORY_BYTES = 4 * 2**30
+MEMORY_BYTES = 2**30
 COMMAND_BYTES = 2**16
 
 

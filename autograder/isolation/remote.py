@@ -1,6 +1,7 @@
 """An answer file that runs in confined workers, as the engine sees it: functions by name."""
 
 import builtins
+import linecache
 import time
 import types
 from collections.abc import Sequence
@@ -51,6 +52,8 @@ class RemoteSubmission:
         self._deadline = time.monotonic()
         self.printed: list[str] = []
         self.num_started = 0
+        lines = text.decode("latin-1").splitlines(True)
+        linecache.cache[shown] = (len(text), None, lines, shown)  # messages quote its lines
 
     def student(self, exercise: Exercise) -> RemoteStudent:
         """What the engine calls for an exercise. Raises: Refusal where the file does not import."""

@@ -105,8 +105,13 @@ class Call:
 
 
 def calling_line() -> Source:
-    """File, line and function of the innermost frame outside of this package."""
+    """File, line and function of the innermost frame outside of this package.
+
+    A frame that carries out a call for another process names its place there as `asked_from`.
+    """
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
+    if asked_from := frame.f_locals.get("asked_from"):
+        return asked_from
     return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
