@@ -3,6 +3,7 @@
 import contextlib
 import linecache
 import sys
+import sysconfig
 import traceback
 import types
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from autograder.recording import Call, Raised, Returned, snapshot, unchanged
 from autograder.refusals import Refusal
 
 IMPORT_SECONDS = 20.0
+STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
 class StudentError(Exception):
@@ -116,7 +118,7 @@ def explain_error(error: BaseException) -> str:
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith(ours) and "site-packages" not in frame.filename
-        and not frame.filename.startswith(sys.prefix) and not frame.filename.startswith("<frozen")
+        and not frame.filename.startswith((sys.prefix, STANDARD_LIBRARY, "<frozen"))
     ]  # fmt: skip
     where = ""
     if frames:

@@ -480,9 +480,9 @@ def _halves(x, gate_up_weight):
 
 @misconception(
     "fused_feed_forward",
-    "The activation is on the up branch. The first half of the rows is gate, and silu belongs to "
-    "the gate; up stays linear. (F.glu has its gate in the second half.)",
+    "The program is as it came. F.glu and Llama agree on the products; do they agree on the order?",
     see=FUSED,
+    is_starter=True,
 )
 def activates_up(x, gate_up_weight, down_weight):
     gate, up = _halves(x, gate_up_weight)

@@ -42,7 +42,9 @@ def grade_class(
     again = set(again)
     with Records(out / VERDICTS) as records:
         seed = _seed_of(out) if seed is None else seed
-        keys = {s: verdict_key(root, s, seed) for s in submissions if not s.problem}
+        gradable = [s for s in submissions if not s.problem]
+        versions = {stem: versions_of(root, stem) for stem in {s.chapter for s in gradable}}
+        keys = {s: verdict_key(s, seed, versions[s.chapter]) for s in gradable}
         todo: dict[str, Submission] = {}
         for submission, key in keys.items():
             if key not in records or submission.student in again:
@@ -90,33 +92,24 @@ def _run(
             progress(submission, verdict)
 
 
-def verdict_key(root: Path, submission: Submission, seed: int) -> str:
-    """What a verdict depends on: the answer, its grader and catalogue, the versions, the seed."""
+def verdict_key(submission: Submission, seed: int, versions: str) -> str:
+    """What a verdict depends on: the answer, the inputs, and what `versions_of` covers."""
     digest = hashlib.sha256()
-    for part in (
-        submission.chapter,
-        submission.digest,
-        str(seed),
-        _versions(root, submission.chapter),
-    ):
+    for part in (submission.chapter, submission.digest, str(seed), versions):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:32]
 
 
-_known_versions: dict[tuple[str, str], str] = {}
-
-
-def _versions(root: Path, stem: str) -> str:
-    if (str(root), stem) not in _known_versions:
-        digest = hashlib.sha256()
-        files = [root / "tests" / "exercises" / f"test_{stem}.py",
-                 root / "misconceptions" / f"{stem}.py", root / "exercises" / f"{stem}.py",
-                 *sorted(Path(__file__).parents[1].rglob("*.py"))]  # fmt: skip
-        for file in files:
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
-        digest.update(f"{sys.version_info[:3]}{importlib.metadata.version('torch')}".encode())
-        _known_versions[str(root), stem] = digest.hexdigest()
-    return _known_versions[str(root), stem]
+def versions_of(root: Path, stem: str) -> str:
+    """A chapter's grader, catalogue and exercise, the autograder, and the versions below them."""
+    digest = hashlib.sha256()
+    files = [root / "tests" / "exercises" / f"test_{stem}.py",
+             root / "misconceptions" / f"{stem}.py", root / "exercises" / f"{stem}.py",
+             *sorted(Path(__file__).parents[1].rglob("*.py"))]  # fmt: skip
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    digest.update(f"{sys.version_info[:3]}{importlib.metadata.version('torch')}".encode())
+    return digest.hexdigest()
 
 
 def _seed_of(out: Path) -> int:

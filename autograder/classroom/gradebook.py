@@ -231,7 +231,7 @@ def gradescope_results(results: list[ExerciseResult], problems: list[str]) -> di
 def safe_name(student: str) -> str:
     """A file name for a student that no other has and that stays in its folder."""
     plain = re.sub(r"[^A-Za-z0-9-]+", "-", student).strip("-")[:60]
-    if plain == student:
+    if plain and plain == student:
         return plain
     return f"{plain or 'student'}-{hashlib.sha256(student.encode()).hexdigest()[:8]}"
 

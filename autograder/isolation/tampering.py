@@ -58,8 +58,8 @@ def _of(node: ast.AST) -> list[str]:
         names = [f"{module}.{a.name}" for a in node.names]
         return [f"from {module} import {n.rpartition('.')[2]}" for n in names
                 if not _is_ordinary(module) or not _is_ordinary(n) or node.level]  # fmt: skip
-    if isinstance(node, ast.Name) and (node.id in NAMES or _is_private(node.id)):
-        return [node.id] if node.id != "_" else []
+    if isinstance(node, ast.Name) and (node.id in NAMES or _is_dunder(node.id)):
+        return [node.id]
     if isinstance(node, ast.Attribute) and (node.attr in ATTRIBUTES or _is_dunder(node.attr)):
         return [f".{node.attr}"]
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("__"):
@@ -78,7 +78,7 @@ def _modules(tree: ast.AST) -> set[str]:
 
 def _is_ordinary(module: str) -> bool:
     first, *rest = module.split(".")
-    if first not in MODULES or any(part.startswith("_") for part in rest):
+    if first not in MODULES or any(part.startswith("_") or part == "*" for part in rest):
         return False
     if first == "torch" and rest:
         return rest[0] in PARTS_OF_TORCH - {"utils"} or (
@@ -89,21 +89,13 @@ def _is_ordinary(module: str) -> bool:
 
 def _patches(node: ast.AST, modules: set[str]) -> list[str]:
     """Assignments to attributes of what is imported: torch.matmul = ..."""
-    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
-    found = []
-    for target in targets:
-        for part in ast.walk(target) if target is not None else []:
-            if isinstance(part, ast.Attribute) and isinstance(part.ctx, (ast.Store, ast.Del)):
-                base = part.value
-                while isinstance(base, (ast.Attribute, ast.Call, ast.Subscript)):
-                    base = base.func if isinstance(base, ast.Call) else base.value
-                if isinstance(base, ast.Name) and base.id in modules:
-                    found.append(f"{base.id}...{part.attr} = ")
-    return found
-
-
-def _is_private(name: str) -> bool:
-    return name.startswith("__") and name not in DUNDERS
+    if not isinstance(node, ast.Attribute) or isinstance(node.ctx, ast.Load):
+        return []
+    base = node.value
+    while isinstance(base, (ast.Attribute, ast.Call, ast.Subscript)):
+        base = base.func if isinstance(base, ast.Call) else base.value
+    is_import = isinstance(base, ast.Name) and base.id in modules
+    return [f"{ast.unparse(node)} = "] if is_import else []
 
 
 def _is_dunder(name: str) -> bool:

@@ -85,7 +85,7 @@ class Workers:
 
 def clean_environment(package: str) -> dict[str, str]:
     """Nothing of the instructor's: tokens live in environments."""
-    kept = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ}
+    kept = {k: os.environ[k] for k in ("LD_LIBRARY_PATH",) if k in os.environ}
     return kept | {
         "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "LANG": "C.UTF-8", "HOME": "/",

@@ -112,6 +112,7 @@ def calling_line() -> Source:
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
-    if asked_from := frame.f_locals.get("asked_from"):
-        return asked_from
+    # f_locals keeps what it shows alive, so only there.
+    if "asked_from" in frame.f_code.co_varnames and frame.f_locals.get("asked_from"):
+        return tuple(frame.f_locals["asked_from"])
     return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
