@@ -1,4 +1,4 @@
-# Exercise ff3c11a174f4: write your answers below, and leave this line as it is.
+# Exercise f0d294506781: write your answers below, and leave this line as it is.
 """Chapter 15: pipelines, recomputation and 3D parallelism."""
 
 import torch
@@ -127,3 +127,50 @@ def best_num_micro(num_ranks, compute_seconds, overhead_seconds, candidates):
     """
 
     raise NotImplementedError("best_num_micro: not written yet")
+
+
+def first_rank_bytes(model, plan):
+    """Bytes that the first rank of a pipeline holds at most, in 16 bits with Adam.
+
+    model: a dict: num_layers, layer_parameters (of one layer), embedding_parameters, dim, seq_len
+    plan: a dict: tp, pp, dp, zero_stage (0 to 3), num_micro (micro-batches a step, of one sequence
+    each), recompute ("none" or "full")
+
+    Parameters take 2 bytes, gradients 2, Adam 12; tensor ranks divide them, and then ZeRO divides
+    optimizer states (from stage 1 on), gradients (2), parameters (3) among the dp copies. The rank
+    has num_layers / pp layers and the embedding. The schedule is 1F1B. With sequence parallelism
+    and fused attention a layer keeps 34 seq_len dim / tp bytes of each micro-batch in flight; under
+    full recomputation 2 seq_len dim / tp, and the one layer at work its 34 in place of the 2.
+    Buffers and gathered copies do not count.
+    returns a number
+    """
+    raise NotImplementedError("first_rank_bytes: not written yet")
+
+
+def fastest_plan(model, cluster, num_sequences):
+    """The layout with the shortest step among those that fit, and its seconds.
+
+    model: a dict: num_layers, layer_parameters, dim, seq_len
+    cluster: a dict: num_gpus, ranks_per_node, memory_bytes, flops_per_second, and in bytes a second
+    intra (within a node) and inter (between nodes), for each GPU
+    num_sequences: of a step; a micro-batch is one sequence
+    returns ((tp, pp, dp), seconds)
+
+    Try all tp pp dp = num_gpus with tp a divisor of dim, pp of num_layers, dp of num_sequences, and
+    m = num_sequences / dp. With P the parameters of a rank, num_layers layer_parameters / (tp pp):
+
+        memory    4 P + 12 P / dp (ZeRO-1) + 34 seq_len dim / tp bytes for each of its layers and
+                  each micro-batch in flight, min(pp, m); it must not exceed memory_bytes
+        micro     6 P seq_len / flops_per_second, and for each of its layers 4 all-reduces of
+                  2 seq_len dim bytes among the tp ranks
+        step      (m + pp - 1) micro, and the sum of gradients among the dp ranks: one all-reduce of
+                  2 P bytes, which nothing hides
+
+    An all-reduce of n bytes among r ranks takes 2 (r - 1) / r n / bandwidth: intra where the group
+    fits into a node, inter otherwise. Tensor ranks are neighbours; data ranks stand tp apart, so
+    they need tp dp ranks to fit.
+
+    Raises: ValueError where no layout fits.
+    """
+
+    raise NotImplementedError("fastest_plan: not written yet")

@@ -727,3 +727,378 @@ def by_a_sorted_list(num_ranks, compute_seconds, overhead_seconds, candidates):
     steps = [(compute_seconds * (1 + (p - 1) / m) + (m + p - 1) * overhead_seconds, m)
              for m in candidates]  # fmt: skip
     return sorted(steps)[0][1]
+
+
+# Section of both: adjust to the notebook's number.
+PLANNING = "10. Planning"
+
+
+# first_rank_bytes
+
+
+def _first_rank(
+    model, plan, *, zero_from=(3, 2, 1), ways="dp", optimizer=12, tensor=True, ends=1.0,
+    in_flight=None, kept=(34, 2, 32), layers=None, tensor_states=True,
+):  # fmt: skip
+    mine = model["num_layers"] / plan["pp"]
+    held = (mine if layers is None else layers) * model["layer_parameters"]
+    held += ends * model["embedding_parameters"]
+    held /= plan["tp"] if tensor_states else 1
+    n = plan["dp"] if ways == "dp" else plan["dp"] * plan["tp"] * plan["pp"]
+    shares = [n if plan["zero_stage"] >= first else 1 for first in zero_from]
+    states = sum(b * held / n for b, n in zip((2, 2, optimizer), shares, strict=True))
+    stream = model["seq_len"] * model["dim"] / (plan["tp"] if tensor else 1)
+    alive = min(plan["pp"], plan["num_micro"]) if in_flight is None else in_flight
+    whole, input_alone, at_work = kept
+    if plan["recompute"] == "full":
+        return states + (input_alone * alive * mine + at_work) * stream
+    return states + whole * alive * mine * stream
+
+
+@misconception(
+    "first_rank_bytes",
+    "Your ZeRO-2 divides the parameters. Stage 1 divides optimizer states, stage 2 gradients as "
+    "well, and parameters only stage 3.",
+    see=PLANNING,
+)
+def zero_2_divides_parameters(model, plan):
+    return _first_rank(model, plan, zero_from=(2, 2, 1))
+
+
+@misconception(
+    "first_rank_bytes",
+    "Your ZeRO-1 divides the gradients. At stage 1 each rank keeps them whole; it is the optimizer "
+    "states that are divided.",
+    see=PLANNING,
+)
+def zero_1_divides_gradients(model, plan):
+    return _first_rank(model, plan, zero_from=(3, 1, 1))
+
+
+@misconception(
+    "first_rank_bytes",
+    "You let ZeRO divide by all GPUs. Tensor and pipeline ranks hold different parameters already; "
+    "only the dp copies have something to share out.",
+    see=PLANNING,
+)
+def zero_divides_by_the_world(model, plan):
+    return _first_rank(model, plan, ways="world")
+
+
+@misconception(
+    "first_rank_bytes",
+    "Your optimizer has 8 bytes a parameter: momentum and variance. With 16-bit parameters there "
+    "is the float32 master weight besides.",
+    see=PLANNING,
+)
+def forgets_the_master_weights(model, plan):
+    return _first_rank(model, plan, optimizer=8)
+
+
+@misconception(
+    "first_rank_bytes",
+    "The embedding is missing. It stands on the first rank, beside its layers.",
+    see=PLANNING,
+)
+def forgets_the_embedding(model, plan):
+    return _first_rank(model, plan, ends=0.0)
+
+
+@misconception(
+    "first_rank_bytes",
+    "You keep the activations of one micro-batch. Until its first backward the first stage has "
+    "begun p of them: pipelines divide layers, not what is in flight.",
+    see=PLANNING,
+)
+def keeps_one_micro_batch(model, plan):
+    return _first_rank(model, plan, in_flight=1)
+
+
+@misconception(
+    "first_rank_bytes",
+    "You keep all m micro-batches: that is GPipe. Under 1F1B the first stage has p in flight.",
+    see=PLANNING,
+)
+def keeps_all_micro_batches(model, plan):
+    return _first_rank(model, plan, in_flight=plan["num_micro"])
+
+
+@misconception(
+    "first_rank_bytes",
+    "You keep p micro-batches even where the step has fewer.",
+    see=PLANNING,
+)
+def keeps_as_many_as_stages(model, plan):
+    return _first_rank(model, plan, in_flight=plan["pp"])
+
+
+@misconception(
+    "first_rank_bytes",
+    "Your tensor ranks keep whole activations. With sequence parallelism all 34 bytes are divided, "
+    "those of norms and residuals as well.",
+    see=PLANNING,
+)
+def tensor_ranks_keep_whole_activations(model, plan):
+    return _first_rank(model, plan, tensor=False)
+
+
+@misconception(
+    "first_rank_bytes",
+    "Your recomputation keeps nothing. The input of each layer stays, 2 bytes for each element, "
+    "and the layer at work has everything.",
+    see=PLANNING,
+)
+def recomputation_keeps_nothing(model, plan):
+    return _first_rank(model, plan, kept=(34, 0, 34))
+
+
+@misconception(
+    "first_rank_bytes",
+    "Your recomputation forgets the layer at work: while it goes back, its 34 bytes are there.",
+    see=PLANNING,
+)
+def recomputation_forgets_the_layer_at_work(model, plan):
+    return _first_rank(model, plan, kept=(34, 2, 0))
+
+
+@misconception(
+    "first_rank_bytes",
+    "You gave the rank all layers' parameters. It has num_layers / pp of them.",
+    see=PLANNING,
+)
+def pipeline_ranks_hold_all_layers(model, plan):
+    return _first_rank(model, plan, layers=model["num_layers"])
+
+
+@alternative("first_rank_bytes")
+def by_bytes_a_parameter(model, plan):
+    tp, dp, stage = plan["tp"], plan["dp"], plan["zero_stage"]
+    layers = model["num_layers"] // plan["pp"]
+    divided = (0, 12, 14, 16)[stage]
+    parameters = (layers * model["layer_parameters"] + model["embedding_parameters"]) / tp
+    total = parameters * (16 - divided + divided / dp)
+    units = layers * (plan["num_micro"] if plan["num_micro"] < plan["pp"] else plan["pp"])
+    each = model["seq_len"] * model["dim"] / tp
+    return total + each * (units * 34 if plan["recompute"] == "none" else units * 2 + 34 - 2)
+
+
+@alternative("first_rank_bytes")
+def with_tensors(model, plan):
+    layers = model["num_layers"] // plan["pp"]
+    bytes_each = torch.tensor([12.0, 2.0, 2.0], dtype=torch.float64)
+    bytes_each[: plan["zero_stage"]] /= plan["dp"]
+    held = layers * model["layer_parameters"] + model["embedding_parameters"]
+    alive = min(plan["pp"], plan["num_micro"])
+    kept = torch.full((layers, alive), 2.0 if plan["recompute"] == "full" else 34.0)
+    total = kept.double().sum() + (32 if plan["recompute"] == "full" else 0)
+    whole = bytes_each.sum() * held + total * model["seq_len"] * model["dim"]
+    return (whole / plan["tp"]).item()
+
+
+# fastest_plan
+
+
+def _search(
+    model, cluster, num_sequences, *, memory=True, activations=True, in_flight=True, fast=False,
+    bubble=-1, exchanges=4, gradients=True, sharded=True, passes=6, one_way=2, near_data=False,
+    least=False, micro_batches=True, tensor_divides=True,
+):  # fmt: skip
+    def all_reduce(num_bytes, ranks, stretch):
+        is_near = fast or stretch <= cluster["ranks_per_node"]
+        bandwidth = cluster["intra"] if is_near else cluster["inter"]
+        return one_way * (ranks - 1) / ranks * num_bytes / bandwidth
+
+    gpus, found = cluster["num_gpus"], []
+    for tp in range(1, gpus + 1):
+        for pp in range(1, gpus // tp + 1):
+            dp, left = divmod(gpus, tp * pp)
+            if left or model["dim"] % tp or model["num_layers"] % pp or num_sequences % dp:
+                continue
+            m, layers = num_sequences // dp, model["num_layers"] // pp
+            own = layers * model["layer_parameters"] / tp
+            stream = model["seq_len"] * model["dim"]
+            kept = 34 * stream / (tp if tensor_divides else 1) * layers
+            kept *= min(pp, m) if in_flight else 1
+            size = 4 * own + 12 * own / (dp if sharded else 1) + (kept if activations else 0)
+            micro = passes * own * model["seq_len"] / cluster["flops_per_second"]
+            micro += layers * exchanges * all_reduce(2 * stream, tp, tp)
+            seconds = (m + (pp + bubble if bubble is not None else 0)) * micro
+            if gradients:
+                seconds += all_reduce(2 * own, dp, dp if near_data else tp * dp)
+            if not memory or size <= cluster["memory_bytes"]:
+                found.append((size if least else seconds, (tp, pp, dp), seconds))
+    if not found:
+        raise ValueError("no layout fits")
+    _, layout, seconds = min(found)
+    return layout, seconds
+
+
+@misconception(
+    "fastest_plan",
+    "You take the fastest layout whether it fits or not. First refuse what exceeds memory_bytes, "
+    "then compare seconds.",
+    see=PLANNING,
+)
+def asks_no_memory(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, memory=False)
+
+
+@misconception(
+    "fastest_plan",
+    "Your memory has no activations. For each layer and each micro-batch in flight they are "
+    "34 s h / tp bytes, often more than the states.",
+    see=PLANNING,
+)
+def forgets_activations(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, activations=False)
+
+
+@misconception(
+    "fastest_plan",
+    "Your memory has the activations of one micro-batch; 1F1B's first stage has min(pp, m).",
+    see=PLANNING,
+)
+def one_micro_batch_in_flight(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, in_flight=False)
+
+
+@misconception(
+    "fastest_plan",
+    "All your groups communicate at a node's speed. A tensor group of more ranks than a node has "
+    "takes the network, a tenth as fast: tensor parallelism across nodes is not free.",
+    see=PLANNING,
+)
+def every_link_is_fast(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, fast=True)
+
+
+@misconception(
+    "fastest_plan",
+    "Your pipelines have no bubble: a step of m micro-batches takes m + pp - 1 of their times.",
+    see=PLANNING,
+)
+def no_bubble(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, bubble=None)
+
+
+@misconception(
+    "fastest_plan",
+    "Your step takes m + pp micro-batch times. The first one needs pp to get through, the other "
+    "m - 1 follow: m + pp - 1.",
+    see=PLANNING,
+)
+def bubble_of_p(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, bubble=0)
+
+
+@misconception(
+    "fastest_plan",
+    "You count the two all-reduces of forward. Backward has two as well, for each layer's two "
+    "regions.",
+    see=PLANNING,
+)
+def two_sums_a_layer(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, exchanges=2)
+
+
+@misconception(
+    "fastest_plan",
+    "The dp copies' gradients are summed for nothing in your step. With few sequences a step this "
+    "is what limits data parallelism.",
+    see=PLANNING,
+)
+def gradients_travel_for_nothing(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, gradients=False)
+
+
+@misconception(
+    "fastest_plan",
+    "Your optimizer states are not divided: ZeRO-1 gives each of the dp copies a part of the 12 "
+    "bytes.",
+    see=PLANNING,
+)
+def optimizer_on_every_rank(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, sharded=False)
+
+
+@misconception(
+    "fastest_plan",
+    "Your compute is forward's: 2 FLOPs a parameter and token. Backward has twice as many, 6 in "
+    "all.",
+    see=PLANNING,
+)
+def forward_alone(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, passes=2)
+
+
+@misconception(
+    "fastest_plan",
+    "Your all-reduce sends (r - 1) / r of the bytes: that is a reduce-scatter. Gathering the sums "
+    "again sends as much.",
+    see=PLANNING,
+)
+def half_of_an_all_reduce(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, one_way=1)
+
+
+@misconception(
+    "fastest_plan",
+    "You place data ranks side by side. Tensor ranks are neighbours; data ranks stand tp apart, so "
+    "a group of dp stretches over tp dp ranks.",
+    see=PLANNING,
+)
+def data_ranks_are_neighbours(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, near_data=True)
+
+
+@misconception(
+    "fastest_plan",
+    "You take the layout with the least memory. What fits is good enough; among these the shortest "
+    "step wins.",
+    see=PLANNING,
+)
+def prefers_little_memory(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, least=True)
+
+
+@misconception(
+    "fastest_plan",
+    "Your tensor ranks keep whole activations; sequence parallelism divides all 34 s h bytes.",
+    see=PLANNING,
+)
+def tensor_ranks_keep_all_activations(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, tensor_divides=False)
+
+
+@alternative("fastest_plan")
+def with_itertools(model, cluster, num_sequences):
+    import itertools
+
+    divisors = [n for n in range(1, cluster["num_gpus"] + 1) if cluster["num_gpus"] % n == 0]
+    weighed = []
+    for tp, pp in itertools.product(divisors, divisors):
+        if cluster["num_gpus"] % (tp * pp):
+            continue
+        dp = cluster["num_gpus"] // (tp * pp)
+        if any((model["dim"] % tp, model["num_layers"] % pp, num_sequences % dp)):
+            continue
+        m, layers = num_sequences // dp, model["num_layers"] // pp
+        p, s, h = layers * model["layer_parameters"] / tp, model["seq_len"], model["dim"]
+        if p * (4 + 12 / dp) + 34 * s * h / tp * layers * min(pp, m) > cluster["memory_bytes"]:
+            continue
+        tensor_link = "intra" if tp <= cluster["ranks_per_node"] else "inter"
+        data_link = "intra" if tp * dp <= cluster["ranks_per_node"] else "inter"
+        micro = 6 * p * s / cluster["flops_per_second"]
+        micro += layers * 16 * (tp - 1) / tp * s * h / cluster[tensor_link]
+        step = (m + pp - 1) * micro + 4 * (dp - 1) / dp * p / cluster[data_link]
+        weighed.append((step, tp, pp, dp))
+    if not weighed:
+        raise ValueError("nothing fits")
+    step, *layout = min(weighed)
+    return tuple(layout), step
+
+
+@alternative("fastest_plan")
+def as_a_list(model, cluster, num_sequences):
+    layout, seconds = _search(model, cluster, num_sequences)
+    return [list(layout), seconds]

@@ -181,3 +181,89 @@ def best_num_micro(num_ranks, compute_seconds, overhead_seconds, candidates):
 
     return min(candidates, key=step)
     # END SOLUTION
+
+
+def first_rank_bytes(model, plan):
+    """Bytes that the first rank of a pipeline holds at most, in 16 bits with Adam.
+
+    model: a dict: num_layers, layer_parameters (of one layer), embedding_parameters, dim, seq_len
+    plan: a dict: tp, pp, dp, zero_stage (0 to 3), num_micro (micro-batches a step, of one sequence
+    each), recompute ("none" or "full")
+
+    Parameters take 2 bytes, gradients 2, Adam 12; tensor ranks divide them, and then ZeRO divides
+    optimizer states (from stage 1 on), gradients (2), parameters (3) among the dp copies. The rank
+    has num_layers / pp layers and the embedding. The schedule is 1F1B. With sequence parallelism
+    and fused attention a layer keeps 34 seq_len dim / tp bytes of each micro-batch in flight; under
+    full recomputation 2 seq_len dim / tp, and the one layer at work its 34 in place of the 2.
+    Buffers and gathered copies do not count.
+    returns a number
+    """
+    # BEGIN SOLUTION
+    layers = model["num_layers"] / plan["pp"]
+    held = layers * model["layer_parameters"] + model["embedding_parameters"]
+    shares = [plan["dp"] if plan["zero_stage"] >= first else 1 for first in (3, 2, 1)]
+    states = sum(b * held / plan["tp"] / n for b, n in zip((2, 2, 12), shares, strict=True))
+    stream = model["seq_len"] * model["dim"] / plan["tp"]
+    in_flight = min(plan["pp"], plan["num_micro"])
+    if plan["recompute"] == "full":
+        return states + (2 * in_flight * layers + 32) * stream
+    return states + 34 * in_flight * layers * stream
+    # END SOLUTION
+
+
+def fastest_plan(model, cluster, num_sequences):
+    """The layout with the shortest step among those that fit, and its seconds.
+
+    model: a dict: num_layers, layer_parameters, dim, seq_len
+    cluster: a dict: num_gpus, ranks_per_node, memory_bytes, flops_per_second, and in bytes a second
+    intra (within a node) and inter (between nodes), for each GPU
+    num_sequences: of a step; a micro-batch is one sequence
+    returns ((tp, pp, dp), seconds)
+
+    Try all tp pp dp = num_gpus with tp a divisor of dim, pp of num_layers, dp of num_sequences, and
+    m = num_sequences / dp. With P the parameters of a rank, num_layers layer_parameters / (tp pp):
+
+        memory    4 P + 12 P / dp (ZeRO-1) + 34 seq_len dim / tp bytes for each of its layers and
+                  each micro-batch in flight, min(pp, m); it must not exceed memory_bytes
+        micro     6 P seq_len / flops_per_second, and for each of its layers 4 all-reduces of
+                  2 seq_len dim bytes among the tp ranks
+        step      (m + pp - 1) micro, and the sum of gradients among the dp ranks: one all-reduce of
+                  2 P bytes, which nothing hides
+
+    An all-reduce of n bytes among r ranks takes 2 (r - 1) / r n / bandwidth: intra where the group
+    fits into a node, inter otherwise. Tensor ranks are neighbours; data ranks stand tp apart, so
+    they need tp dp ranks to fit.
+
+    Raises: ValueError where no layout fits.
+    """
+
+    # BEGIN SOLUTION
+    def all_reduce(num_bytes, ranks, stretch):
+        is_near = stretch <= cluster["ranks_per_node"]
+        bandwidth = cluster["intra"] if is_near else cluster["inter"]
+        return 2 * (ranks - 1) / ranks * num_bytes / bandwidth
+
+    def weigh(tp, pp, dp):
+        m, layers = num_sequences // dp, model["num_layers"] // pp
+        parameters = layers * model["layer_parameters"] / tp
+        stream = model["seq_len"] * model["dim"]
+        kept = 34 * stream / tp * layers * min(pp, m)
+        if 4 * parameters + 12 * parameters / dp + kept > cluster["memory_bytes"]:
+            return None
+        micro = 6 * parameters * model["seq_len"] / cluster["flops_per_second"]
+        micro += layers * 4 * all_reduce(2 * stream, tp, tp)
+        return (m + pp - 1) * micro + all_reduce(2 * parameters, dp, tp * dp)
+
+    gpus, best = cluster["num_gpus"], None
+    for tp in range(1, gpus + 1):
+        for pp in range(1, gpus // tp + 1):
+            dp, left = divmod(gpus, tp * pp)
+            if left or model["dim"] % tp or model["num_layers"] % pp or num_sequences % dp:
+                continue
+            seconds = weigh(tp, pp, dp)
+            if seconds is not None and (best is None or seconds < best[1]):
+                best = ((tp, pp, dp), seconds)
+    if best is None:
+        raise ValueError("no layout fits: more GPUs, or more memory")
+    return best
+    # END SOLUTION

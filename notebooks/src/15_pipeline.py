@@ -1,15 +1,15 @@
 # %% [markdown] slideshow={"slide_type": "slide"}
-# # 15 Pipelines and 3D parallelism
+# # 15 Pipelines, 3D parallelism, planning
 #
 # Layers follow each other, so give each rank some of them. Nothing is divided, nothing is summed,
 # only the stream between two layers travels. And all ranks but one stand idle. How few can wait,
 # how little must be kept, and who should be whose neighbour?
 #
 # In this chapter you order forwards and backwards on a pipeline, derive its bubble and see it on
-# the clock, forget activations and compute them again, and lay out ranks in three dimensions.
-# Gradients are real, and equal to one rank's and to PyTorch's pipelines.
+# the clock, forget activations and compute them again, lay out ranks in three dimensions, and let a
+# planner choose the layout. Gradients are real, and equal to one rank's and to PyTorch's pipelines.
 #
-# You need: chapters 11 and 13; chapter 12 for the comparison in section 9.
+# You need: chapters 11 and 13; chapter 12 for section 9, chapter 14 for the planner's last axis.
 
 # %% [markdown] slideshow={"slide_type": "skip"}
 # > **Low-resource box.** One CPU core and 1 GB of memory are enough; ranks are simulated. The slow
@@ -527,7 +527,274 @@ table(*rows)
 # and divides them. Few tokens and large layers favour the one, many tokens the other.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
-# ## 10. Proof against production
+# ## 10. Planning
+#
+# Five axes, four ZeRO stages, four schedules, recomputation or not: a 70B Llama on 64 GPUs can be
+# laid out in thousands of ways.
+#
+# **Question.** A step of 256 sequences of 4,096 tokens. How many layouts fit into 80 GB, and how
+# much faster is the best than the worst of those?
+
+# %% slideshow={"slide_type": "skip"}
+from collections import Counter
+
+from reference.parallel.planner import (
+    Batch,
+    Plan,
+    h100_cluster,
+    llama_shape,
+    memory_bytes,
+    published_runs,
+    rank_plans,
+    step_seconds,
+    weigh,
+)
+from reference.transformer import PRESETS
+
+# %% slideshow={"slide_type": "fragment"}
+LLAMA_70B, NODES = llama_shape(PRESETS["llama-3.1-70b"]), h100_cluster(64)
+BATCH = Batch(256, 4096)
+ranking = rank_plans(LLAMA_70B, NODES, BATCH)
+weighed = [v for v in ranking.rejected if v.memory is not None]
+sizes = [v.memory.total / 1e9 for v in weighed]
+fig, ax = plt.subplots(figsize=(9, 4.4))
+ax.scatter([v.memory.total / 1e9 for v in ranking.fitting],
+           [v.time.total for v in ranking.fitting], s=14, color=style.COLOURS["blue"],
+           alpha=0.5)  # fmt: skip
+best = ranking.best
+ax.plot(best.memory.total / 1e9, best.time.total, "o", ms=11, mfc="none", mew=2.5,
+        color=style.COLOURS["vermilion"])  # fmt: skip
+ax.axvline(NODES.usable_bytes / 1e9, color="black", ls=":")
+ax.set(xlabel="memory of the fullest GPU (GB)", ylabel="seconds of a step",
+       xlim=(0, 82), ylim=(0, 70))  # fmt: skip
+ax.set_title("plans that fit; the fastest in the circle, dotted: what a GPU has")
+plt.show()
+slowest = ranking.fitting[-1].time.total
+print(f"{len(ranking.fitting)} fit, {len(ranking.rejected)} do not")
+print(f"the slowest that fits takes {slowest / best.time.total:.1f} times as long as the best")
+print(f"memory of those that do not: {min(sizes):.0f} to {max(sizes):,.0f} GB")
+print(f"the best: {best.plan}\n  {best.time}\n  {best.memory}")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# The planner adds up what chapters 11 to 15 derived. Per GPU, with $P$ parameters after tensor and
+# pipeline parallelism have divided them, $n$ = DP x CP:
+#
+# $$\text{bytes} = \underbrace{2P + 2P + 12P}_{\text{each over } n \text{ from its ZeRO stage on}}
+# + \underbrace{k \cdot \text{layers} \cdot a(b, s, h, t, c)}_{k \text{ micro-batches in flight}}
+# + \text{logits}$$
+#
+# $$\text{step} = m \, T_{\text{slowest stage}} + \tfrac{1}{v} \sum_{\text{others}} T
+# + \text{what gradients cannot hide} + \text{optimizer}$$
+#
+# A stage's $T$: products at the rate that products reach, element-wise kernels by the bytes they
+# move, tensor parallelism's all-reduces in between.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# **Question.** Which of these plans fit? Of those that fit: where does the time go?
+
+# %% slideshow={"slide_type": "fragment"}
+megatron_way = {"tensor": 8, "sequence_parallel": True, "zero_stage": 1}
+CHOSEN = {
+    "DDP": Plan(data=64),
+    "ZeRO-2, offload": Plan(data=64, zero_stage=2, is_offloaded=True),
+    "ZeRO-3": Plan(data=64, zero_stage=3),
+    "ZeRO-3, full recomputation": Plan(data=64, zero_stage=3, recompute="full"),
+    "TP 8": Plan(data=8, **megatron_way),
+    "TP 16: two nodes": Plan(data=4, **megatron_way | {"tensor": 16}),
+    "TP 8 x PP 4, GPipe": Plan(data=2, pipeline=4, schedule="GPipe", **megatron_way),
+    "TP 8 x PP 4, 1F1B": Plan(data=2, pipeline=4, **megatron_way),
+    "the best": best.plan,
+}
+verdicts = {name: weigh(plan, LLAMA_70B, NODES, BATCH) for name, plan in CHOSEN.items()}
+rows = [("", "GB", "step (s)", "MFU", "why not")]
+for name, v in verdicts.items():
+    step = (f"{v.time.total:.1f}", f"{v.mfu:.0%}", "") if v.fits else ("", "", "memory")
+    rows.append((name, f"{v.memory.total / 1e9:.0f}", *step))
+table(*rows)
+print()
+print(verdicts["TP 8 x PP 4, GPipe"].reasons[0])
+
+# %% slideshow={"slide_type": "subslide"}
+CAUSES = {"compute": "blue", "recompute": "sky", "tensor": "orange", "bubble": "purple",
+          "messages": "green", "data": "vermilion", "optimizer": "black"}  # fmt: skip
+fitting = {name: v.time for name, v in verdicts.items() if v.fits}
+fig, ax = plt.subplots(figsize=(9.5, 3.9))
+for row, step in enumerate(fitting.values()):
+    left = 0.0
+    for cause, colour in CAUSES.items():
+        seconds = getattr(step, cause)
+        ax.barh(row, seconds, left=left, color=style.COLOURS[colour],
+                label=cause if row == 0 else None)  # fmt: skip
+        left += seconds
+ax.set(yticks=range(len(fitting)), xlabel="seconds of a step")
+ax.set_yticklabels(fitting)
+ax.invert_yaxis()
+ax.grid(axis="y", visible=False)
+ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0))
+plt.show()
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# Tensor parallelism is not free, and across nodes it is dear. GPipe fails where 1F1B fits, with the
+# same bubble. And the plan that wins mixes what none of the textbooks' rows mixes.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# **Exercise** *first_rank_bytes* (15 minutes, 2 of 3): the memory of a pipeline's first rank.
+
+# %% slideshow={"slide_type": "skip"}
+check("first_rank_bytes")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# **Exercise** *fastest_plan* (40 minutes, 3 of 3, challenge): a small planner of your own, for
+# tensor, pipeline and data parallelism.
+
+# %% slideshow={"slide_type": "skip"}
+check("fastest_plan")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# **Question.** Llama-3.1-405B on 16,384 GPUs, 16 million tokens a step, in sequences of 8,192 and
+# then of 131,072. Llama 3's own answer: TP 8, PP 16 for both, and CP 16 for the long ones. Ours?
+
+# %% slideshow={"slide_type": "fragment"}
+LLAMA_405B, LARGE_CLUSTER = llama_shape(PRESETS["llama-3.1-405b"]), h100_cluster(16_384)
+for batch_, max_context in ((Batch(2048, 8192), 1), (Batch(128, 131_072), 16)):
+    found = rank_plans(LLAMA_405B, LARGE_CLUSTER, batch_, max_context=max_context)
+    why = Counter(reason.split(":")[0] for v in found.rejected for reason in v.reasons)
+    chosen = found.best
+    print(f"{batch_.seq_len:,} tokens: {chosen.plan}, MFU {chosen.mfu:.0%}")
+    print(f"    {chosen.time}\n    {chosen.memory}")
+    print(f"    {len(found.fitting)} plans fit; the others lack: {why.most_common(2)}\n")
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# Eight tensor ranks, as theirs. Where we differ, the reasons can be read off. We recompute whole
+# layers; Llama 3 freed tensors early and trained on 8,192 tokens without (its sec. 3.3.2). For long
+# sequences we find ZeRO-3, whose traffic hides behind 131,072 tokens if prefetch is perfect. The
+# next section says how far to trust that.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 11. The planner against published runs
+#
+# A planner that nobody compares with a real machine is a story. The plans of 114 published runs
+# have their step times beside them: Megatron's tables up to 3,072 A100 and a trillion parameters,
+# MosaicML's FSDP tables on A100 and H100, Llama 3.
+#
+# Two numbers for each GPU, the share of the peak that products and attention reach, were chosen on
+# the 32 runs of MPT 1B and 7B. Nothing was fitted on the other 82.
+#
+# **Question.** For how many of those 82 is the step within 15 %?
+
+# %% slideshow={"slide_type": "fragment"}
+runs = published_runs()
+planned = {r: step_seconds(r.model, r.plan, r.cluster, r.batch).total for r in runs}
+error = {r: planned[r] / r.seconds - 1 for r in runs}
+GROUPS = {
+    "Megatron": lambda r: r.source[0] in "NK" and r.plan.zero_stage == 0,
+    "ZeRO-3, 2021": lambda r: r.source[0] == "N" and r.plan.zero_stage == 3,
+    "Llama 3": lambda r: r.source.startswith("Llama"),
+    "MPT, A100": lambda r: r.source == "MPT, A100" and not r.is_calibration,
+    "MPT, H100": lambda r: r.source == "MPT, H100" and not r.is_calibration,
+}
+fig, ax = plt.subplots(figsize=(8.5, 5))
+ends = (0.5, 400)
+ax.fill_between(ends, [0.85 * x for x in ends], [1.15 * x for x in ends], color="0.9", zorder=0)
+rows = [("held out", "runs", "within 15 %", "median error", "worst")]
+for (name, belongs), marker in zip(GROUPS.items(), "osD^v", strict=True):
+    group = [r for r in runs if belongs(r)]
+    ax.plot([r.seconds for r in group], [planned[r] for r in group], marker, ms=6, alpha=0.8,
+            label=name, ls="none")  # fmt: skip
+    errors = sorted((error[r] for r in group), key=abs)
+    rows.append((name, len(group), sum(abs(e) < 0.15 for e in errors),
+                 f"{errors[len(errors) // 2]:+.0%}", f"{errors[-1]:+.0%}"))  # fmt: skip
+ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="published seconds of a step",
+       ylabel="planned seconds")  # fmt: skip
+ax.legend(loc="upper left", title="grey: within 15 %")
+plt.show()
+table(*rows)
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# All 26 layouts of Megatron are within 15 %, from 8 GPUs to 3,072: what a tensor group, a pipeline
+# and recomputation cost follows from counts. Where the planner fails, it fails in ways worth
+# knowing:
+#
+# - **ZeRO-3 in 2021** took up to five times as long as planned. We let prefetch hide the gathering
+#   wherever bandwidth allows; that software did not. FSDP two years later (MPT) is as planned.
+# - **Llama 3** is faster than planned, most of all at 131,072 tokens: its attention kernel on H100
+#   is not that of the runs which chose our two numbers.
+# - A micro-batch or a number of chunks that a paper does not print had to be assumed:
+#   `run.notes` says which.
+
+# %% slideshow={"slide_type": "fragment"}
+rows = [("Megatron's runs", "GPUs", "published (s)", "planned", "error")]
+shown = [r for r in runs if r.source in ("Narayanan, table 1", "Korthikanti, table 5")]
+for one in shown:
+    rows.append((one.name, one.plan.num_gpus, f"{one.seconds:.2f}", f"{planned[one]:.2f}",
+                 f"{error[one]:+.1%}"))  # fmt: skip
+table(*rows)
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# **Memory.** ZeRO's table 1 is the formula itself (54 cells, all within a unit of the last digit).
+# A harder test: what torchtitan measured on 8 H100 for Llama 3.1 8B with FSDP, context parallelism
+# and full recomputation.
+
+# %% slideshow={"slide_type": "fragment"}
+LLAMA_8B = llama_shape(PRESETS["llama-3.1-8b"])
+rows = [("positions", "FSDP", "CP", "measured (GiB)", "planned", "error")]
+for data, context, measured in ((8, 1, 83.9), (4, 2, 84.2), (2, 4, 84.0), (1, 8, 84.5)):
+    plan = Plan(data=data, context=context, zero_stage=3, recompute="full")
+    batch_ = Batch(data, 32_768 * context)
+    ours = memory_bytes(LLAMA_8B, plan, batch_).total / 2**30
+    rows.append((f"{batch_.seq_len:,}", data, context, measured, f"{ours:.1f}",
+                 f"{ours / measured - 1:+.1%}"))  # fmt: skip
+table(*rows)
+logits = 14 * 32_768 * LLAMA_8B.vocab_size / 2**30
+print(f"\nof which the loss: {logits:.0f} GiB, 14 bytes for each of 128,256 logits a token")
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# For the planner these four are one: each rank has 32,768 positions. More than half of the GPU is
+# logits. Recomputing layers cannot help there; a fused or chunked loss can. Their 70B on 256 GPUs
+# (71.9 GiB) we miss by more than a third: what tensor parallelism keeps there is not in our count.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 12. Which strategy when
+#
+# | situation | take | because |
+# |---|---|---|
+# | 16 bytes x parameters fit beside the activations | DDP, or ZeRO-1 at once | the same traffic |
+# | states do not fit, many tokens a GPU | ZeRO-3 / FSDP | parameters hide behind compute |
+# | few tokens a GPU | tensor parallelism, then ZeRO-1 | sends activations, not parameters |
+# | one layer's activations too large | TP + sequence parallelism | all 34 bytes divided |
+# | more than a node's TP is needed | pipeline, never TP over the network | one stream a stage |
+# | bubble over 10 % | more micro-batches, interleaving | (p - 1) / (v m) |
+# | long sequences | context parallelism | positions divided, keys go round |
+# | still too large | recomputation, offload | a third more time; host's bandwidth |
+#
+# In this order: TP up to a node only as far as memory asks; CP as sequences ask; PP as few stages
+# as possible; DP with the rest; ZeRO-1 always. Then measure.
+#
+# **Question.** Does the planner agree with the table?
+
+# %% slideshow={"slide_type": "fragment"}
+SITUATIONS = {
+    "135M, 8 GPUs": ("smollm2-135m", 8, Batch(512, 2048), 1),
+    "8B, 8 GPUs": ("llama-3.1-8b", 8, Batch(64, 8192), 1),
+    "70B, 8 GPUs": ("llama-3.1-70b", 8, Batch(64, 4096), 1),
+    "70B, 64 GPUs": ("llama-3.1-70b", 64, BATCH, 1),
+    "405B, 1,024 GPUs": ("llama-3.1-405b", 1024, Batch(512, 8192), 1),
+    "8B, 64 GPUs, 2^20 tokens": ("llama-3.1-8b", 64, Batch(4, 2**20), 64),
+}
+rows = [("", "fit", "fastest", "MFU")]
+for name, (model_name, gpus, batch_, max_context) in SITUATIONS.items():
+    found = rank_plans(llama_shape(PRESETS[model_name]), h100_cluster(gpus), batch_,
+                       max_context=max_context)  # fmt: skip
+    rows.append((name, len(found.fitting), str(found.best.plan), f"{found.best.mfu:.0%}"))
+table(*rows)
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# Mostly. The small model needs data parallelism alone (its ZeRO stages tie), the long text context
+# parallelism, 70B on one node the host's memory. Where ZeRO-3 wins over many nodes, remember which
+# runs the planner had too fast, and measure.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## 13. Proof against production
 #
 # Two real processes: PyTorch's `Schedule1F1B` and ours on the same stages.
 
@@ -558,7 +825,7 @@ print(f"largest relative difference from PyTorch's 1F1B: {max(errors):.0e}")
 # tensor parallelism with ZeRO stages against one rank.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
-# ## 11. Published figures, recomputed
+# ## 14. Published figures, recomputed
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -597,7 +864,7 @@ table(
 # gigabytes are binary ones.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
-# ## 12. What breaks in practice
+# ## 15. What breaks in practice
 #
 # - **The loss divided twice, or not at all**: by the micro-batch's rows, and by m.
 # - **An update for each micro-batch**: those under way go back through other weights than they
@@ -614,7 +881,7 @@ except ValueError as error:
     print(str(error).split("\n")[0])
 
 # %% [markdown] slideshow={"slide_type": "slide"}
-# ## 13. Summary
+# ## 16. Summary
 #
 # - A pipeline sends little and waits: (p - 1)/m of its computing, under GPipe and 1F1B alike.
 # - 1F1B keeps p - rank micro-batches instead of m. Interleaving divides the bubble by v, zero
@@ -622,6 +889,8 @@ except ValueError as error:
 # - More micro-batches mean less bubble and more overhead.
 # - Recomputation: a third more time for a fraction of the memory, with the same random numbers.
 # - Tensor groups within a node, then data, pipelines across nodes.
+# - Counts of bytes, FLOPs and links give the steps of Megatron's runs within 15 %; what software
+#   does not hide, and kernels do not reach, has to be measured.
 #
 # **Further reading.** Huang et al. 2018, *GPipe* (arXiv 1811.06965); Narayanan et al. 2021,
 # *Efficient Large-Scale Language Model Training* (arXiv 2104.04473); Qi et al. 2024, *Zero Bubble

@@ -386,3 +386,168 @@ class TestBestNumMicro:
     def test_order(self, student, rng):
         """whatever the order of the candidates"""
         self._grade(student, 8, 1.0, 0.02, (64, 1, 16, 8, 2))
+
+
+def _model(num_layers=8, dim=4096, seq_len=2048, **more):
+    return {"num_layers": num_layers, "dim": dim, "seq_len": seq_len,
+            "layer_parameters": 12 * dim * dim, **more}  # fmt: skip
+
+
+def _plan(**changes):
+    whole = {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 0, "num_micro": 1, "recompute": "none"}
+    return whole | changes
+
+
+@exercise(
+    "first_rank_bytes",
+    kind="estimate",
+    minutes=15,
+    difficulty=2,
+    see="10. Planning",
+    hints=(
+        "Count the rank's parameters first, then who divides what: tensor ranks everything, ZeRO "
+        "one kind of state after the other.",
+        "Too large: do the tensor ranks divide activations as well? Too small: 1F1B's first stage "
+        "waits for its first backward with p micro-batches in flight, or m where there are fewer.",
+        "held = layers / pp * layer_parameters + embedding\n"
+        "states = held / tp * (2 / n3 + 2 / n2 + 12 / n1), n = dp from that stage on\n"
+        "kept = min(pp, m) * layers / pp * (34 or 2) * s * h / tp\nfull: + 32 s h / tp",
+    ),
+)
+class TestFirstRankBytes:
+    def _grade(self, student, rng, **plan):
+        model = _model(
+            24 * _whole(rng, 1, 4), 256 * _whole(rng, 4, 20), embedding_parameters=128_256 * 1024
+        )
+        layers = model["num_layers"] // plan.get("pp", 1)
+        chosen = _plan(**plan)
+        expected = self._states(model, chosen, layers) + self._kept(model, chosen, layers)
+        got = student.first_rank_bytes(dict(model), dict(chosen))
+        expect.number(got, expected, rel=1e-9, what=f"bytes of {chosen}, {model}")
+
+    def _states(self, model, plan, layers):
+        held = (layers * model["layer_parameters"] + model["embedding_parameters"]) / plan["tp"]
+        whole = {0: 16, 1: 4, 2: 2, 3: 0}[plan["zero_stage"]]
+        return held * (whole + (16 - whole) / plan["dp"])
+
+    def _kept(self, model, plan, layers):
+        stream = model["seq_len"] * model["dim"] / plan["tp"]
+        units = min(plan["pp"], plan["num_micro"]) * layers
+        return stream * (34 * units if plan["recompute"] == "none" else 2 * units + 32)
+
+    def test_one_gpu(self, student, rng):
+        """one GPU has everything"""
+        self._grade(student, rng)
+
+    @points(2)
+    def test_zero(self, student, rng):
+        """ZeRO divides one state after the other"""
+        for stage in (1, 2, 3):
+            self._grade(student, rng, dp=8, zero_stage=stage, num_micro=2)
+
+    @points(2)
+    def test_pipeline(self, student, rng):
+        """the micro-batches in flight on the first stage"""
+        self._grade(student, rng, pp=4, num_micro=16)
+        self._grade(student, rng, pp=8, num_micro=3)
+
+    @points(2)
+    def test_three_dimensions(self, student, rng):
+        """tensor, pipeline and data parallelism together"""
+        self._grade(student, rng, tp=8, pp=4, dp=16, zero_stage=1, num_micro=16)
+        self._grade(student, rng, tp=2, pp=6, dp=4, zero_stage=3, num_micro=8)
+
+    def test_recomputation(self, student, rng):
+        """full recomputation keeps each layer's input, and one layer in whole"""
+        self._grade(student, rng, pp=4, num_micro=8, recompute="full")
+        self._grade(student, rng, tp=4, num_micro=1, recompute="full")
+
+
+@exercise(
+    "fastest_plan",
+    kind="challenge",
+    minutes=40,
+    difficulty=3,
+    see="10. Planning",
+    hints=(
+        "Write the weight of one layout first: bytes, then seconds. The search around it is three "
+        "loops, or two and a division.",
+        "A plan that is too fast: does its tensor group leave the node? Is the bubble in, and the "
+        "gradients' sum? One that is too slow: you may refuse layouts that fit.",
+        "for tp, pp with tp pp | gpus: dp = gpus / (tp pp), check the three divisors\n"
+        "skip it where 4 P + 12 P / dp + 34 s h / tp * layers * min(pp, m) > memory\n"
+        "micro = 6 P s / flops + layers * 4 * all_reduce(2 s h, tp)\n"
+        "step = (m + pp - 1) * micro + all_reduce(2 P, dp)\n"
+        "keep the least; ValueError where there is none",
+    ),
+)
+class TestFastestPlan:
+    def _cluster(self, rng, num_gpus, memory_bytes, inter=25e9, **changes):
+        speed = 0.5 + float(torch.rand((), generator=rng))  # of everything: the choice is the same
+        found = {"num_gpus": num_gpus, "ranks_per_node": 8, "memory_bytes": memory_bytes,
+                 "flops_per_second": 200e12, "intra": 240e9, "inter": inter} | changes  # fmt: skip
+        for name in ("flops_per_second", "intra", "inter"):
+            found[name] *= speed
+        return found
+
+    def _grade(self, student, model, cluster, num_sequences):
+        found = _all_layouts(model, cluster, num_sequences)
+        (seconds, layout) = min((s, layout) for layout, (b, s) in found.items()
+                                if b <= cluster["memory_bytes"])  # fmt: skip
+        got = student.fastest_plan(dict(model), dict(cluster), num_sequences)
+        what = f"(tp, pp, dp) for {cluster} and {num_sequences} sequences"
+        expect.equal(tuple(got[0]), layout, what)
+        expect.number(got[1], seconds, rel=1e-9, what=f"seconds of {layout}")
+
+    def test_small(self, student, rng):
+        """a model that fits everywhere"""
+        self._grade(student, _model(8, 1024), self._cluster(rng, 8, 80e9), 16)
+
+    @points(2)
+    def test_memory(self, student, rng):
+        """a model that no GPU holds by itself"""
+        self._grade(student, _model(12, 4096), self._cluster(rng, 16, 8e9), 128)
+        self._grade(student, _model(48, 4096), self._cluster(rng, 16, 40e9), 128)
+        self._grade(student, _model(48, 8192, 4096), self._cluster(rng, 64, 30e9), 64)
+
+    @points(2)
+    def test_network(self, student, rng):
+        """many nodes, and a slow network between them"""
+        self._grade(student, _model(32, 8192), self._cluster(rng, 64, 40e9, inter=2e9), 64)
+        self._grade(student, _model(12, 12288), self._cluster(rng, 32, 80e9, inter=1e9), 32)
+
+    @points(2)
+    def test_few_sequences(self, student, rng):
+        """few sequences: data parallelism has no work to divide, pipelines have bubbles"""
+        self._grade(student, _model(16, 4096), self._cluster(rng, 32, 60e9), 4)
+        self._grade(student, _model(40, 5120, 4096), self._cluster(rng, 16, 24e9), 8)
+
+    def test_divisors(self, student, rng):
+        """layers, widths and sequences that do not divide by everything"""
+        self._grade(student, _model(9, 3 * 1024), self._cluster(rng, 24, 20e9), 12)
+
+    def test_nothing_fits(self, student, rng):
+        """a ValueError where nothing fits"""
+        cluster = self._cluster(rng, 8, 1e9)
+        expect.raises(ValueError, lambda: student.fastest_plan(_model(96, 12288), cluster, 8))
+
+
+def _all_layouts(model, cluster, num_sequences):
+    """(bytes, seconds) by (tp, pp, dp)."""
+    gpus, node, found = cluster["num_gpus"], cluster["ranks_per_node"], {}
+    for tp in (t for t in range(1, gpus + 1) if gpus % t == 0 and model["dim"] % t == 0):
+        for pp in (p for p in range(1, gpus // tp + 1) if gpus // tp % p == 0):
+            dp = gpus // tp // pp
+            if model["num_layers"] % pp or num_sequences % dp:
+                continue
+            m, layers = num_sequences // dp, model["num_layers"] // pp
+            tokens, stream = model["seq_len"], model["seq_len"] * model["dim"]
+            own = layers * model["layer_parameters"] / tp
+            near = cluster["intra"] if tp <= node else cluster["inter"]
+            far = cluster["intra"] if tp * dp <= node else cluster["inter"]
+            one = 6 * own * tokens / cluster["flops_per_second"]
+            one += 16 * (1 - 1 / tp) * stream * layers / near
+            gradients = 4 * (1 - 1 / dp) * own / far
+            num_bytes = (4 + 12 / dp) * own + 34 * stream * layers * min(pp, m) / tp
+            found[tp, pp, dp] = num_bytes, (m + pp - 1) * one + gradients
+    return found

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from reference.attention import causal_mask, scaled_dot_product_attention
+from reference.attention.layer import Attend
+from reference.parallel.context import ContextParallel
 from reference.parallel.pipeline.recompute import recompute, recomputed
 from reference.parallel.ranks import Comm
 from reference.transformer import Llama
@@ -43,17 +45,25 @@ class LlamaStage(nn.Module):
 
     The first stage takes tokens, the last gives logits; between them the stream goes. `recompute`:
     "full" keeps the input of each block alone, "selective" all but what attention holds inside.
+    With `context` tokens and stream are this rank's part of the positions.
 
     Raises: ValueError for another kind of recomputation.
     """
 
-    def __init__(self, model: Llama, layers: range, *, recompute: Recompute = "none") -> None:
+    def __init__(
+        self,
+        model: Llama,
+        layers: range,
+        *,
+        recompute: Recompute = "none",
+        context: ContextParallel | None = None,
+    ) -> None:
         super().__init__()
         if recompute not in ("none", "selective", "full"):
             raise ValueError(f"recompute: expected none, selective or full, got {recompute!r}")
         num_layers = model.config.num_layers
         self.is_first, self.is_last = layers.start == 0, layers.stop == num_layers
-        self.kind = recompute
+        self.kind, self.context = recompute, context
         model.layers = nn.ModuleDict({str(i): model.layers[i] for i in layers})  # type: ignore
         if not self.is_last:
             del model.norm
@@ -69,26 +79,42 @@ class LlamaStage(nn.Module):
             x = model.embed_tokens(x)
         elif getattr(model, "region", None) is not None and model.region.sequence_parallel:
             seq_len *= model.region.comm.size
-        positions = torch.arange(seq_len, device=x.device)
+        mask: Tensor | None = None
+        attend: Attend = scaled_dot_product_attention
+        if self.context is not None:
+            seq_len *= self.context.comm.size
+            positions, attend = self.context.positions(seq_len), self.context.attend
+        else:
+            positions = torch.arange(seq_len, device=x.device)
+            mask = causal_mask(seq_len, seq_len, device=x.device) if seq_len > 1 else None
         rotate = model._rotation(positions, x.dtype, seq_len)
-        mask = causal_mask(seq_len, seq_len, device=x.device) if seq_len > 1 else None
         for layer in model.layers.values():
-            x = self._block(layer, x, mask, rotate)
+            x = self._block(layer, x, mask, rotate, attend)
         return model.logits(x) if self.is_last else x
 
     def _block(
-        self, layer: nn.Module, x: Tensor, mask: Tensor | None, rotate: Callable[[Tensor], Tensor]
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        mask: Tensor | None,
+        rotate: Callable[[Tensor], Tensor],
+        attend: Attend,
     ) -> Tensor:
         if self.kind == "full":
-            return recompute(lambda x: layer(x, mask, rotate=rotate), x)
-        attend = scaled_dot_product_attention
+            return recompute(lambda x: layer(x, mask, rotate=rotate, attend=attend), x)
         if self.kind == "selective":
             attend = recomputed(attend)
         return layer(x, mask, rotate=rotate, attend=attend)
 
 
 def split_llama(
-    model: Llama, rank: int, num_ranks: int, *, num_chunks: int = 1, recompute: Recompute = "none"
+    model: Llama,
+    rank: int,
+    num_ranks: int,
+    *,
+    num_chunks: int = 1,
+    recompute: Recompute = "none",
+    context: ContextParallel | None = None,
 ) -> list[LlamaStage]:
     """The `num_chunks` stages of one rank: stages rank, rank + p, ... of p * num_chunks.
 
@@ -101,7 +127,7 @@ def split_llama(
     layers = layers_of_stages(model.config.num_layers, num_ranks * num_chunks)
     return [
         LlamaStage(_shallow(model), layers[rank + chunk * num_ranks],
-                   recompute=recompute)
+                   recompute=recompute, context=context)
         for chunk in range(num_chunks)
     ]  # fmt: skip
 
