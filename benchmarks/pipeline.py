@@ -1,9 +1,12 @@
 """Schedules on the simulated machine: their bubbles beside the formulas, and Megatron's layout
 beside DeepSpeed's on the same 8 ranks.
 
+Bubbles twice: with links that take no time, as the formulas have it, and with an H100 node's.
 A step of a Llama by shapes alone: seconds of the virtual clock and the most bytes that a rank
 holds, on an H100 node; first under tensor 4 x pipeline 2 with 1F1B, then under ZeRO-3.
 """
+
+import dataclasses
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,7 @@ from reference.parallel.pipeline import (
     split_llama,
     zero_bubble_h1,
 )
-from reference.parallel.ranks import Comm, Run, run
+from reference.parallel.ranks import DGX_H100, Comm, Hardware, Link, Run, run
 from reference.parallel.tensor import parallelize, vocab_parallel_cross_entropy
 from reference.parallel.zero import FSDP
 from reference.transformer import Llama, LlamaConfig
@@ -29,14 +32,12 @@ CONFIG = LlamaConfig(
     vocab_size=32_000, dim=2048, hidden_dim=5632, num_layers=2, num_heads=16, max_seq_len=2048
 )
 NUM_RANKS, NUM_MICRO, SEQ_LEN = 4, 8, 2048
+_NO_TIME = Link(latency_seconds=0.0, bytes_per_second=1e20)
+INSTANT = dataclasses.replace(DGX_H100, intra=_NO_TIME, inter=_NO_TIME)
 
 
 def rows() -> list[Row]:
     return [*_bubbles(), *_megatron_beside_deepspeed()]
-
-
-class _Layers(nn.Sequential):
-    """Work of one stage: F, B and W cost the same to the FLOP."""
 
 
 def _bubbles() -> list[Row]:
@@ -46,21 +47,25 @@ def _bubbles() -> list[Row]:
         interleaved(NUM_RANKS, NUM_MICRO, 2),
         zero_bubble_h1(NUM_RANKS, NUM_MICRO),
     )
-    return [_bubble(schedule) for schedule in schedules]
+    return [
+        _bubble(schedule, name, hardware)
+        for name, hardware in (("", INSTANT), (", H100 node's links", DGX_H100))
+        for schedule in schedules
+    ]
 
 
-def _bubble(schedule: Schedule, width: int = 8192) -> Row:
+def _bubble(schedule: Schedule, links: str, hardware: Hardware, width: int = 8192) -> Row:
     def program(comm: Comm) -> None:
         per_stage = 8 // schedule.num_chunks
         stages = [
-            _Layers(*(nn.Linear(width, width, bias=False) for _ in range(per_stage)))
+            nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(per_stage)))
             for _ in range(schedule.num_chunks)
         ]
         x = torch.empty(NUM_MICRO * 1024, width, requires_grad=True)
         pipeline = Pipeline(comm, stages, schedule, _square, like=torch.empty_like)
         pipeline.step(x, x.detach())
 
-    trace = run(schedule.num_ranks, program, shapes_only=True).trace
+    trace = run(schedule.num_ranks, program, shapes_only=True, hardware=hardware).trace
     busy = trace.busy_seconds(1)
     one = busy / NUM_MICRO / 3
     times = {"forward": one, "backward": 2 * one}
@@ -69,7 +74,7 @@ def _bubble(schedule: Schedule, width: int = 8192) -> Row:
     formula = bubble_seconds(
         schedule.name, schedule.num_ranks, num_chunks=schedule.num_chunks, **times
     )
-    name = f"{schedule.name}: bubble, formula"
+    name = f"{schedule.name}: bubble, formula{links}"
     return Row(name, (trace.seconds - busy) * 1e3, formula * 1e3, "ms")
 
 
