@@ -1,8 +1,9 @@
 """The composition fuzzer: random meshes of a tiny Llama against one rank on the whole batch.
 
-Pipeline x data (ZeRO 0 to 2) x tensor (with and without sequence parallelism), up to 16 ranks, any
-schedule and any recomputation: the loss, each gradient and each parameter after a step. FUZZ_CASES
-in the environment asks for another number of cases; each has its number as its seed.
+Pipeline x data (ZeRO 0 to 2) x context (ring, gathered keys, Ulysses) x tensor (with and without
+sequence parallelism), up to 16 ranks, any schedule and any recomputation: the loss, each gradient
+and each parameter after a step. FUZZ_CASES in the environment asks for another number of cases;
+each has its number as its seed.
 """
 
 import os
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from reference.parallel.context import ContextParallel
 from reference.parallel.pipeline import Pipeline, split_llama, sum_tied_gradients
 from reference.parallel.ranks import run
 from reference.parallel.tensor import parallelize, vocab_parallel_cross_entropy
@@ -28,33 +30,39 @@ def draw(seed):
     """A layout that fits in 16 ranks."""
     rng = random.Random(seed)
     while True:
-        pp, dp, tp = (rng.choice((1, 2, 4)) for _ in range(3))
-        if 1 < pp * dp * tp <= 16:
+        pp, dp, cp, tp = (rng.choice((1, 2, 4)) for _ in range(4))
+        if 1 < pp * dp * cp * tp <= (16 if cp == 1 else 8):  # rings of tiny tiles take long
             break
     name = rng.choice(list(SCHEDULES))
     return {
-        "pp": pp, "dp": dp, "tp": tp, "name": name,
-        "num_micro": pp * rng.choice([r for r in (1, 2, 4) if pp * r * dp <= 16]),
+        "pp": pp, "dp": dp, "cp": cp, "tp": tp, "name": name,
+        "num_micro": pp * rng.choice([r for r in (1, 2, 4) if pp * r * dp * cp <= 16]),
         "stage": rng.choice((0, 1, 2)),
         "sequence_parallel": tp > 1 and rng.random() < 0.5,
         "recompute": rng.choice(("none", "selective", "full")),
         "is_tied": rng.random() < 0.3,
+        "layout": rng.choice(("contiguous", "zigzag", "striped")),
+        "keys": rng.choice(("ring", "gathered")),
+        "num_ulysses": 2 if cp > 1 and tp < 4 and rng.random() < 0.4 else 1,
     }  # fmt: skip
 
 
 def train(comm, case):
     """One step; this rank's whole parameters by name, gathered over tensor ranks."""
-    mesh = comm.mesh(pp=case["pp"], dp=case["dp"], tp=case["tp"])
+    mesh = comm.mesh(pp=case["pp"], dp=case["dp"], cp=case["cp"], tp=case["tp"])
+    context = ContextParallel(mesh.cp, num_ulysses=case["num_ulysses"], layout=case["layout"],
+                              keys=case["keys"])  # fmt: skip
     model = fresh(num_layers=LAYERS, is_tied=case["is_tied"])
     if case["tp"] > 1:
         model = parallelize(model, mesh.tp, sequence_parallel=case["sequence_parallel"])
     schedule = SCHEDULES[case["name"]](case["pp"], case["num_micro"])
     stages = split_llama(model, mesh.pp.rank, mesh.pp.size, recompute=case["recompute"],
-                         num_chunks=schedule.num_chunks)  # fmt: skip
+                         num_chunks=schedule.num_chunks,
+                         context=context if mesh.cp.size > 1 else None)  # fmt: skip
     holder = torch.nn.ModuleList(stages)
-    pipeline = Pipeline(mesh.pp, stages, schedule, lambda y, t: loss_of(y, t, mesh.tp))
-    tokens, targets = (t.chunk(case["dp"])[mesh.dp.rank] for t in batch(16))
-    zero = Zero(holder, mesh.dp, case["stage"], lambda p: torch.optim.SGD(p, **SGD),
+    pipeline = Pipeline(mesh.pp, stages, schedule, lambda y, t: loss_of(y, t, mesh.tp, context))
+    tokens, targets = (context.part(t.chunk(case["dp"])[mesh.dp.rank]) for t in batch(16))
+    zero = Zero(holder, mesh["dp", "cp"], case["stage"], lambda p: torch.optim.SGD(p, **SGD),
                 bucket_bytes=3000)  # fmt: skip
     loss = pipeline.step(tokens, targets)
     if case["stage"] < 2:
@@ -63,13 +71,18 @@ def train(comm, case):
     found = {}
     for stage in stages:
         found |= whole(stage.model)
-    return None if loss is None else mesh.dp.all_reduce(loss, "mean"), found
+    return None if loss is None else mesh["dp", "cp"].all_reduce(loss, "mean"), found
 
 
-def loss_of(logits, targets, tp):
+def loss_of(logits, targets, tp, context):
+    """The mean over cp of what ranks return, as over dp: Zero takes the mean over both."""
     if tp.size > 1:
-        return vocab_parallel_cross_entropy(logits, targets, tp).mean()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        losses = vocab_parallel_cross_entropy(logits, targets, tp)
+    else:
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none"
+        )
+    return context.share_of_mean(losses) * context.comm.size
 
 
 def whole(model):
@@ -98,7 +111,8 @@ def test_matches_one_rank(seed, truths):
     if case["is_tied"] and case["stage"] == 2:
         case["stage"] = 1  # stage 2 has sent the gradients before the copies' could be summed
     loss, truth = truths[case["is_tied"]]
-    done = run(case["pp"] * case["dp"] * case["tp"], train, case, is_measured=False)
+    world_size = case["pp"] * case["dp"] * case["cp"] * case["tp"]
+    done = run(world_size, train, case, is_measured=False)
     names = set()
     for found_loss, found in done.results:
         names |= found.keys()
