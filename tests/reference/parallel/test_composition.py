@@ -1,9 +1,9 @@
 """The composition fuzzer: random meshes of a tiny Llama against one rank on the whole batch.
 
 Pipeline x data (ZeRO 0 to 2) x context (ring, gathered keys, Ulysses) x tensor (with and without
-sequence parallelism), up to 16 ranks, any schedule and any recomputation: the loss, each gradient
-and each parameter after a step. FUZZ_CASES in the environment asks for another number of cases;
-each has its number as its seed.
+sequence parallelism), up to 16 ranks, any schedule and any recomputation; and replicas x shards
+(ZeRO-3, HSDP) x context x tensor: the loss, each gradient and each parameter after a step.
+FUZZ_CASES in the environment asks for another number of cases; each has its number as its seed.
 """
 
 import os
@@ -17,7 +17,7 @@ from reference.parallel.context import ContextParallel
 from reference.parallel.pipeline import Pipeline, split_llama, sum_tied_gradients
 from reference.parallel.ranks import run
 from reference.parallel.tensor import parallelize, vocab_parallel_cross_entropy
-from reference.parallel.zero import Zero
+from reference.parallel.zero import FSDP, Zero
 from tests.reference.parallel.pipeline.workload import SCHEDULES, batch, fresh
 from tests.tolerances import TOLERANCE
 
@@ -123,3 +123,73 @@ def test_matches_one_rank(seed, truths):
             assert_close(found[name], truth[name], **TOLERANCE[torch.float32],
                          msg=f"{name} in {case}")  # fmt: skip
     assert names == truth.keys()
+
+
+class InParts(torch.nn.Module):
+    """A model of whose texts each rank of `context` has some positions."""
+
+    def __init__(self, model, context):
+        super().__init__()
+        self.model, self._context = model, [context]
+
+    def forward(self, tokens):
+        return self._context[0].logits(self.model, tokens)
+
+
+def draw_sharded(seed):
+    """Axes of a layout with sharded parameters that fits in 16 ranks."""
+    rng = random.Random(seed)
+    while True:
+        replicas, shards, cp, tp = (rng.choice((1, 2, 4)) for _ in range(4))
+        if shards * cp > 1 and replicas * shards * cp * tp <= (16 if cp == 1 else 8):
+            break
+    return {
+        "replicas": replicas, "shards": shards, "cp": cp, "tp": tp,
+        "sequence_parallel": tp > 1 and rng.random() < 0.5,
+        "layout": rng.choice(("contiguous", "zigzag", "striped")),
+        "is_tied": rng.random() < 0.3,
+        "reshard": rng.random() < 0.5,
+    }  # fmt: skip
+
+
+def train_sharded(comm, case):
+    """One step under FSDP over shards and cp, copied over replicas (HSDP); whole parameters."""
+    axes = {axis: case[axis] for axis in ("replicas", "shards", "cp", "tp")}
+    mesh = comm.mesh(**axes)
+    context = ContextParallel(mesh.cp, layout=case["layout"])
+    model = fresh(num_layers=LAYERS, is_tied=case["is_tied"])
+    if case["tp"] > 1:
+        model = parallelize(model, mesh.tp, sequence_parallel=case["sequence_parallel"])
+    inside = InParts(model, context)
+    fsdp = FSDP(inside, mesh["shards", "cp"], model.layers,
+                replicas=mesh.replicas if case["replicas"] > 1 else None,
+                reshard_after_forward=case["reshard"])  # fmt: skip
+    row = mesh.coordinates["replicas"] * case["shards"] + mesh.coordinates["shards"]
+    num_rows = case["replicas"] * case["shards"]
+    tokens, targets = (context.part(t.chunk(num_rows)[row]) for t in batch(16))
+    loss = loss_of(fsdp(tokens), targets, mesh.tp, context)
+    loss.backward()
+    torch.optim.SGD(fsdp.parameters(), **SGD).step()
+    whole_loss = mesh["replicas", "shards", "cp"].all_reduce(loss.detach(), "mean")
+    trained = fresh(num_layers=LAYERS, is_tied=case["is_tied"])
+    if case["tp"] > 1:
+        trained = parallelize(trained, mesh.tp, sequence_parallel=case["sequence_parallel"])
+    state = {name.removeprefix("model."): t for name, t in fsdp.full_state_dict().items()}
+    for name, parameter in trained.named_parameters():
+        parameter.data.copy_(state[name])
+    return whole_loss, whole(trained)
+
+
+@pytest.mark.parametrize("seed", range(NUM_CASES // 2))
+def test_sharded_parameters_match_one_rank(seed, truths):
+    """ZeRO-3 and HSDP with tensor, sequence and context parallelism."""
+    case = draw_sharded(seed)
+    loss, truth = truths[case["is_tied"]]
+    world_size = case["replicas"] * case["shards"] * case["cp"] * case["tp"]
+    done = run(world_size, train_sharded, case, is_measured=False)
+    for found_loss, found in done.results:
+        assert_close(found_loss, loss, **TOLERANCE[torch.float32], msg=str(case))
+        assert found.keys() == truth.keys()
+        for name in truth:
+            assert_close(found[name], truth[name], **TOLERANCE[torch.float32],
+                         msg=f"{name} in {case}")  # fmt: skip
