@@ -133,12 +133,20 @@ def split_llama(
 
 
 def sum_tied_gradients(comm: Comm, stages: Sequence[LlamaStage]) -> None:
-    """Add up the gradients of both copies of a tied embedding. A no-op where nothing is tied."""
+    """Add up the gradients of both copies of a tied embedding. A no-op where nothing is tied.
+
+    Raises: ValueError where they are gone: ZeRO's stage 2 hands gradients over as they come.
+    """
     model: Any = stages[0].model
     if not model.config.is_tied or comm.size == 1 or comm.rank not in (0, comm.size - 1):
         return
     model = stages[0].model if comm.rank == 0 else stages[-1].model
     weight = next(model.embed_tokens.parameters())
+    if weight.grad is None:
+        raise ValueError(
+            "stages: expected the gradient of the tied embedding, there is none; call this after "
+            "backward, and with ZeRO use stage 1: stage 2 has handed it over"
+        )
     other, theirs = comm.size - 1 - comm.rank, torch.empty_like(weight)
     receiving = comm.irecv(theirs, other)
     sending = comm.isend(weight.grad.clone(), other)

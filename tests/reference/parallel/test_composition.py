@@ -125,6 +125,23 @@ def test_matches_one_rank(seed, truths):
     assert names == truth.keys()
 
 
+def test_rejects_tied_embeddings_whose_gradients_stage_2_has_sent():
+    def program(comm):
+        mesh = comm.mesh(pp=2, dp=2)
+        stages = split_llama(fresh(num_layers=LAYERS, is_tied=True), mesh.pp.rank, 2)
+        Zero(torch.nn.ModuleList(stages), mesh.dp, 2, lambda p: torch.optim.SGD(p, **SGD))
+        tokens, targets = (t.chunk(2)[mesh.dp.rank] for t in batch(16))
+
+        def loss(y, t):
+            return torch.nn.functional.cross_entropy(y.flatten(0, 1), t.flatten())
+
+        Pipeline(mesh.pp, stages, SCHEDULES["1F1B"](2, 2), loss).step(tokens, targets)
+        sum_tied_gradients(mesh.pp, stages)
+
+    with pytest.raises(ValueError, match="use stage 1"):
+        run(4, program, is_measured=False)
+
+
 class InParts(torch.nn.Module):
     """A model of whose texts each rank of `context` has some positions."""
 
