@@ -1,7 +1,9 @@
-"""The terminal: `python -m autograder [chapter [exercise]]`, `... watch`, and for teachers
-`... class SUBMISSIONS --out DIR`."""
+"""The terminal: `python -m autograder [chapter [exercise]]`, `... watch`; for teachers `... class
+SUBMISSIONS --out DIR`, `... release DIR`, `... gradescope ZIP`."""
 
 import argparse
+import importlib
+import importlib.util
 import pdb
 import sys
 import traceback
@@ -23,16 +25,24 @@ from autograder.workspace import (
     unknown,
 )
 
+FOR_TEACHERS = {
+    "class": "autograder.classroom.command",
+    "release": "autograder.publishing.release",
+    "gradescope": "autograder.publishing.gradescope",
+}
 Work = list[tuple[Chapter, list[Exercise]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Grade and report. 0: all points; 1: not all; 2: a name or option that does not exist."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["class"]:
-        from autograder.classroom.command import main as grade_class
-
-        return grade_class(words[1:])
+    for name, module in FOR_TEACHERS.items():
+        if words[:1] == [name]:
+            if importlib.util.find_spec(module.rpartition(".")[0]) is None:
+                print(f"{name}: for teachers, not part of this copy of the course", file=sys.stderr)
+                return 2
+            status: int = importlib.import_module(module).main(words[1:])
+            return status
     options = _parser().parse_args(argv)
     console = Console(stderr=False)
     try:
