@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,31 +38,32 @@ def _grades(folder, *arguments):
     return json.loads(done.stdout), done
 
 
-def _solution_blocks():
+def _answers():
+    """Of each function or class to write: the blocks of its solution."""
     for path in sorted((ROOT / "solutions").glob("*.py")):
-        inside: list[str] | None = None
-        for line in path.read_text().splitlines():
-            if "# BEGIN SOLUTION" in line:
-                inside = []
-            elif ("# END SOLUTION" in line or "# STARTER" in line) and inside is not None:
-                if len(inside) > 2:
-                    yield path.name, "\n".join(inside)
-                inside = None
-            elif inside is not None:
-                inside.append(line)
+        text = path.read_text()
+        for node in ast.parse(text).body:
+            lines = "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
+            parts = lines.split("# BEGIN SOLUTION\n")[1:]
+            blocks = [re.split(r" *# (?:STARTER|END SOLUTION)", part)[0] for part in parts]
+            if sum(block.count("\n") for block in blocks) > 2:
+                yield f"{path.stem}: {getattr(node, 'name', '')}", blocks
 
 
 def test_no_answer_is_in_a_release(released):
-    texts = [p.read_text(errors="replace") for p in released.rglob("*")
-             if p.is_file() and ".git" not in p.parts]  # fmt: skip
-    everything = "\n".join(texts)
-    blocks = list(_solution_blocks())
-    assert len(blocks) > 100
-    assert [name for name, block in blocks if block in everything] == []
+    texts = [
+        path.read_text(errors="replace")
+        for path in released.rglob("*")
+        if path.is_file() and ".git" not in path.parts
+    ]
+    answers = dict(_answers())
+    assert len(answers) > 100
+    for name, blocks in answers.items():
+        assert not any(all(block in text for block in blocks) for text in texts), name
     assert not (released / "solutions").exists()
-    assert "BEGIN SOLUTION" not in everything and "alternative(" not in "".join(
-        p.read_text() for p in (released / "misconceptions").glob("*.py")
-    )
+    assert not any("# BEGIN SOLUTION" in text for text in texts)
+    catalogues = (released / "misconceptions").glob("*.py")
+    assert not any("@alternative(" in path.read_text() for path in catalogues)
 
 
 def test_a_release_has_one_commit_and_is_the_same_each_time(released, tmp_path):
@@ -94,8 +96,7 @@ def test_students_work_in_a_release(released, tmp_path):
     assert wrong["exercises"][0]["diagnosis"]["name"] == mistake.name
     by_pytest = _python(course, "-m", "pytest", "-q", "tests/exercises/test_start_here.py")
     assert "not written yet" in by_pytest.stdout
-    refused = _python(course, "-m", "autograder", "class", ".", "--out", "x")
-    assert refused.returncode == 2 and "for teachers" in refused.stderr
+    assert not (course / "autograder/classroom").exists()
 
 
 def test_catalogues_keep_every_misconception(released):
@@ -149,8 +150,8 @@ def test_gradescopes_harness(tmp_path_factory):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     def graded():
-        done = subprocess.run([runner], capture_output=True, text=True,
-                              env={**os.environ, "AUTOGRADER_HOME": str(home), "PATH": path})  # fmt: skip
+        environment = {**os.environ, "AUTOGRADER_HOME": str(home), "PATH": path}
+        done = subprocess.run([runner], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         return json.loads((home / "results/results.json").read_text())
 
@@ -167,5 +168,5 @@ def test_gradescopes_harness(tmp_path_factory):
 def test_gradescope_rejects_an_unknown_chapter(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     assert gradescope([str(tmp_path / "a.zip"), "--chapter", "normalisation"]) == 2
-    assert "Did you mean normalization?" in capsys.readouterr().err
+    assert "Did you mean normalization" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
