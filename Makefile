@@ -16,7 +16,7 @@ FLAGS  := $(if $(FORCE),--force)
 step = @printf '\n== %s\n' "$(1)"
 
 .PHONY: help lab test lint types layers exercises-check notebooks-check tests shapes \
-        notebooks-test model oracles notebooks exercises slides bench clean
+        notebooks-test model oracles notebooks exercises slides handouts site bench clean
 
 help:
 	@printf '%s\n' \
@@ -27,7 +27,9 @@ help:
 	  'make exercises   solutions/ -> exercises/; FORCE=1 replaces edited ones, with a backup' \
 	  'make notebooks   notebooks/src/ -> notebooks/; NB="01_normalization ..." FORCE=1' \
 	  'make slides      notebooks/ -> slides/; NB="..."' \
-	  'make bench       reference beside production code: time and memory' \
+	  'make handouts    slides as PDF, where Chromium is; NB="..."' \
+  'make site        notebooks/, docs/ and the API -> site/, offline' \
+  'make bench       reference beside production code: time and memory' \
 	  'make clean       remove caches and slides; .venv, the model and your work stay'
 
 $(READY): pyproject.toml constraints.txt
@@ -116,9 +118,15 @@ notebooks: $(READY) $(MODEL)
 slides: $(READY)
 	$(BIN)/python -m tools.build_slides $(NB)
 
+handouts: slides
+	$(BIN)/python -m tools.build_handouts $(NB)
+
+site: $(READY)
+	$(BIN)/python -m tools.build_site
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf build slides .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build slides site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
