@@ -1198,3 +1198,50 @@ def backward_in_one_ring(comm, q, k, v, out, lse, grad):
             here, gradients = arriving[:, :width].clone(), arriving[:, width:].clone()
         arriving = None
     return dq, *gradients.chunk(2, 1)
+
+
+@misconception(
+    "ulysses_attention",
+    "You gather all keys and values. The result is right, and with many key/value heads it costs "
+    "far more than exchanging positions for heads.",
+    see=TRANSPOSE,
+)
+def gathers_keys_and_values(comm, q, k, v):
+    keys, values = comm.all_gather(k), comm.all_gather(v)
+    t = q.shape[0]
+    mask = torch.ones(t, keys.shape[0], dtype=torch.bool).tril(comm.rank * t)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, keys, values))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+@misconception(
+    "zigzag_batch",
+    "Your targets are the inputs: a model learns to repeat the token that it sees.",
+    see=MODEL,
+)
+def predicts_what_it_sees(tokens, rank, num_ranks):
+    parts = torch.arange(tokens.shape[1] - 1).chunk(2 * num_ranks)
+    positions = torch.cat([parts[rank], parts[2 * num_ranks - 1 - rank]])
+    return tokens[:, positions], tokens[:, positions], positions
+
+
+@misconception(
+    "causal_work",
+    "You divide all pairs equally. The total is right; ranks have different shares of it.",
+    see=BALANCE,
+)
+def divides_all_pairs_equally(layout, seq_len, rank, num_ranks):
+    return seq_len * (seq_len + 1) // 2 // num_ranks
+
+
+@misconception(
+    "context_bytes",
+    "Under Ulysses a rank keeps its own part of each tensor: (N - 1)/N of it leaves.",
+    see=LIMITS,
+)
+def sends_its_own_part_too(method, seq_len, dim, kv_dim, num_ranks):
+    part = 2 * seq_len / num_ranks
+    if method == "ulysses":
+        return part * (2 * dim + 2 * kv_dim)
+    return part * (num_ranks - 1) * 2 * (dim if method == "tensor" else kv_dim)

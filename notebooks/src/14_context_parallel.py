@@ -462,9 +462,11 @@ check("usp_place")
 # What a rank sends for one layer's attention, forward, with D the width of queries and E that of
 # keys:
 #
-# $$\text{Ulysses } \tfrac{T}{N}(2D + 2E)\tfrac{N-1}{N} \qquad
-# \text{ring, gathered } \tfrac{T}{N} 2E (N - 1) \qquad
-# \text{Megatron's SP } 2 T D \tfrac{N-1}{N}$$
+# $$\begin{aligned}
+# \text{Ulysses} \quad & \tfrac{T}{N} (2D + 2E) \tfrac{N-1}{N} \\
+# \text{ring, gathered} \quad & \tfrac{T}{N} \, 2E \, (N - 1) \\
+# \text{Megatron's SP} \quad & 2 T D \, \tfrac{N-1}{N}
+# \end{aligned}$$
 #
 # **Question.** Llama 3.1 405B has 128 heads, 8 for keys. Which method sends least on 8, 16, 64
 # ranks?

@@ -579,12 +579,18 @@ print(f"the best: {best.plan}\n  {best.time}\n  {best.memory}")
 # The planner adds up what chapters 11 to 15 derived. Per GPU, with $P$ parameters after tensor and
 # pipeline parallelism have divided them, $n$ = DP x CP:
 #
-# $$\text{bytes} = \underbrace{2P + 2P + 12P}_{\text{each over } n \text{ from its ZeRO stage on}}
-# + \underbrace{k \cdot \text{layers} \cdot a(b, s, h, t, c)}_{k \text{ micro-batches in flight}}
-# + \text{logits}$$
+# $$\begin{aligned}
+# \text{bytes} = \; & 2P + 2P + 12P \\
+# & + k \cdot \text{layers} \cdot a(b, s, h, t, c) \\
+# & + \text{logits}
+# \end{aligned}$$
 #
-# $$\text{step} = m \, T_{\text{slowest stage}} + \tfrac{1}{v} \sum_{\text{others}} T
-# + \text{what gradients cannot hide} + \text{optimizer}$$
+# each of the first three over n from its ZeRO stage on, with k micro-batches in flight, and
+#
+# $$\begin{aligned}
+# \text{step} = \; & m \, T_{\text{slowest stage}} + \tfrac{1}{v} \sum_{\text{others}} T \\
+# & + \text{late gradients} + \text{optimizer}
+# \end{aligned}$$
 #
 # A stage's $T$: products at the rate that products reach, element-wise kernels by the bytes they
 # move, tensor parallelism's all-reduces in between.

@@ -84,7 +84,7 @@ class TestUlyssesAttention:
     @points(2)
     def test_traffic(self, student, rng):
         """sends each number that others need, once"""
-        for n, heads, kv_heads in ((4, 8, 2), (2, 4, 2)):
+        for n, heads, kv_heads in ((4, 8, 2), (2, 4, 2), (4, 8, 8)):
             got = self._grade(student, rng, n, heads, kv_heads, part=2, d=3)
             most = 2 * 3 * 2 * (heads + max(kv_heads, n)) * (n - 1) / n
             for rank, sent in enumerate(got["sent"]):
