@@ -1,54 +1,57 @@
 """`python -m tools.build_handouts [NN_STEM ...]`: slides/NN_STEM.html -> slides/NN_STEM.pdf.
 
-A page a slide, printed by Chromium, Chrome or Edge, whichever is there; nothing is fetched.
+A page a slide, all its fragments shown, printed by Chromium, Chrome or Edge, whichever is there.
+`--notes` prints the speaker's notes as pages between the slides: the lecturer's copy.
 """
 
 import argparse
-import shutil
-import subprocess
+import os
 import sys
-import tempfile
 from pathlib import Path
+from typing import Any
+
+from tools.browser import NoBrowser, open_browser, open_tab
 
 ROOT = Path(__file__).resolve().parent.parent
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
-SECONDS = 180
+WIDTH, HEIGHT = 1280, 720
 
 
 def main(argv: list[str] | None = None, folder: Path = ROOT / "slides") -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.build_handouts")
     parser.add_argument("stems", nargs="*", help="chapters, as 01_normalization (all)")
+    parser.add_argument("--notes", action="store_true", help="with the speaker's notes")
     options = parser.parse_args(argv)
-    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if browser is None:
-        print(f"no browser to print with; install one of: {', '.join(BROWSERS)}", file=sys.stderr)
-        return 2
-    decks = sorted(folder.glob("*.html"))
-    if options.stems:
-        decks = [folder / f"{stem}.html" for stem in options.stems]
+    decks = [folder / f"{s}.html" for s in options.stems] or sorted(folder.glob("*.html"))
     missing = [deck.name for deck in decks if not deck.is_file()]
     if missing or not decks:
         print(f"no {', '.join(missing) or 'decks'} in {folder.name}/; `make slides` builds them",
               file=sys.stderr)  # fmt: skip
         return 2
-    for deck in decks:
-        print_deck(browser, deck, deck.with_suffix(".pdf"))
-        print(f"{deck.with_suffix('.pdf').name}")
+    try:
+        with open_browser() as browser:
+            for deck in decks:
+                pdf = deck.with_name(f"{deck.stem}{'-notes' * options.notes}.pdf")
+                print_deck(browser, deck, pdf, with_notes=options.notes)
+                print(f"slides/{pdf.name}", flush=True)
+    except NoBrowser as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 
-def print_deck(browser: str, deck: Path, pdf: Path) -> None:
+def print_deck(browser: Any, deck: Path, pdf: Path, *, with_notes: bool = False) -> None:
     """Print one deck; the PDF appears whole or not at all."""
-    with tempfile.TemporaryDirectory() as profile:
-        draft = Path(profile) / "deck.pdf"
-        subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
-             "--disable-background-networking", "--virtual-time-budget=60000",
-             "--no-pdf-header-footer", f"--print-to-pdf={draft}",
-             f"{deck.resolve().as_uri()}?print-pdf"],
-            check=True, capture_output=True, timeout=SECONDS,
-        )  # fmt: skip
-        shutil.move(draft, pdf)
+    page = open_tab(browser, WIDTH, HEIGHT).page
+    page.goto(f"{deck.resolve().as_uri()}?print-pdf{'&showNotes=separate-page' * with_notes}")
+    page.wait_for_function("window.Reveal?.isReady()", timeout=120_000)
+    page.wait_for_function("document.querySelector('.pdf-page')")
+    draft = pdf.with_suffix(".tmp")
+    try:
+        page.pdf(path=draft, prefer_css_page_size=True, print_background=True)
+        os.replace(draft, pdf)
+    finally:
+        page.close()
+        draft.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

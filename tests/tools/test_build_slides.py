@@ -1,14 +1,16 @@
 """Slides: self-contained, with notes for the speaker and without the cells that are skipped."""
 
 import re
-import shutil
-import subprocess
 
 import nbformat
 import pytest
 
+from tools.browser import find_browser, open_browser, open_tab
 from tools.build_notebooks import unexecuted
 from tools.build_slides import main, slides
+from tools.check_slides import check_deck
+
+needs_browser = pytest.mark.skipif(find_browser() is None, reason="needs Chromium or Chrome")
 
 SOURCE = """# %% [markdown] slideshow={"slide_type": "slide"}
 # # 01 Norms & friends
@@ -64,10 +66,7 @@ def test_rejects_unknown_stems(tmp_path, capsys):
     assert "no notebooks/src/ of: 02_other" in capsys.readouterr().err
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+@needs_browser
 def test_cells_that_do_not_fit_go_to_the_next_slide(tmp_path):
     tall = "# %% [markdown]\n" + "# line\n#\n" * 8 + "\n"
     notebook = unexecuted(
@@ -78,13 +77,15 @@ def test_cells_that_do_not_fit_go_to_the_next_slide(tmp_path):
     code.outputs = [nbformat.v4.new_output("stream", text="shown\n")]
     path = tmp_path / "slides.html"
     path.write_text(slides(notebook), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
-    dom = subprocess.run(
-        [BROWSER, *flags, f"--user-data-dir={tmp_path}", "--dump-dom", path.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    ).stdout  # fmt: skip
-    assert 'class="measuring"' not in dom
-    body = dom[dom.index('<div class="slides"') :]
+    with open_browser() as browser:
+        tab = open_tab(browser, 1280, 720)
+        tab.page.goto(path.as_uri())
+        tab.page.wait_for_function("window.Reveal?.isReady()")
+        body = tab.page.content()
+        problems, _ = check_deck(browser, path)
+    body = body[body.index('<div class="slides"') :]
+    assert 'class="measuring"' not in body
     assert body.count("<section") > 4 + 4  # the tall cells have slides of their own
     assert "40 lines of code (C)" in body
     assert "running-head" in body
+    assert problems == []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import build_handouts, build_site
+from tools import build_site
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,12 +39,3 @@ def test_builds_without_a_warning_and_fetches_nothing():
     for page in (ROOT / "site").rglob("*.html"):
         found = [m.group(0) for m in fetched.finditer(page.read_text())]
         assert not [f for f in found if 'rel="canonical"' not in f], page
-
-
-def test_handouts_say_what_is_missing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(build_handouts.shutil, "which", lambda name: None)
-    assert build_handouts.main([], folder=tmp_path) == 2
-    assert "install one of: chromium" in capsys.readouterr().err
-    monkeypatch.setattr(build_handouts.shutil, "which", lambda name: "/bin/true")
-    assert build_handouts.main(["01_normalization"], folder=tmp_path) == 2
-    assert "make slides" in capsys.readouterr().err

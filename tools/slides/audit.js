@@ -73,6 +73,7 @@ function auditSlide() {
   for (const node of slide.querySelectorAll("mjx-container")) {
     if (node.querySelectorAll("svg").length < 1) tell("formula not drawn", node.textContent);
     if (node.querySelector("[data-mjx-error], [data-mml-node=merror]")) tell("formula with an error", node.textContent);
+    if (node.querySelector("[fill=red]")) tell("formula with an unknown command", node.textContent);
     const next = node.nextElementSibling;
     if (next?.matches("mjx-container") && next.innerHTML === node.innerHTML && node.getAttribute("display")
         && !(node.nextSibling.textContent || "").trim()) tell("formula drawn twice", "display");
