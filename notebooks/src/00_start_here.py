@@ -9,12 +9,15 @@
 # This first notebook takes 15 minutes. You check your machine, meet the model that the course
 # experiments on, and take one small exercise from a wrong answer to a right one.
 #
+# <!-- notes: Ten minutes in the lecture: run sections 1 to 3, then one exercise together, wrongly
+# on purpose (4 to 6). Give the class two minutes to run the first three cells before you speak:
+# whoever has a broken environment finds out now and not in chapter 05. Sections 7 to 9 are for
+# home. -->
+
+# %% [markdown] slideshow={"slide_type": "skip"}
 # > **Low-resource box.** Executes in about 10 seconds on one CPU core with 2 GB of memory. No GPU
 # > is needed here or in any exercise. The longest cell passes five sentences through a model of
 # > 135M parameters; to shrink it, drop the last sentence of `SENTENCES` for a shorter one.
-#
-# <!-- notes: Give the class two minutes to run the first three cells before you speak: whoever
-# has a broken environment finds out now and not in chapter 05. -->
 
 # %% slideshow={"slide_type": "skip"}
 import os
@@ -36,6 +39,10 @@ style.use()
 #
 # The cell below names what it found. If it stops, its message says what to do; most often that is
 # `make model` in the course's folder, once.
+#
+# <!-- notes: Ask who sees another last line than SmolLM2 with 30 layers; they sit together with
+# somebody whose cell ran, and mend it after the lecture. Say that no GPU is needed in the whole
+# course: experiments are small on purpose, so that you can change them and run them again. -->
 
 # %% tags=["nbval-ignore-output"] slideshow={"slide_type": "fragment"}
 model, tokenizer = load_smollm2()
@@ -65,8 +72,9 @@ for name, value in found.items():
 # **Before you run the cell:** which word comes after *The capital of France is*, and how sure
 # would you expect so small a model to be: 30 %, 75 %, 99 %? What would you expect in second place?
 #
-# <!-- notes: take a show of hands on the three numbers. The second place is the better question:
-# it is where people find out that the model continues text. -->
+# <!-- notes: Take a show of hands on the three numbers (it is 77 %). The second place is the better
+# question. Most name another city, and London comes only third, with 1.2 %. Ask for a sentence that
+# goes on with "the"; whoever finds one has understood that the model continues text. -->
 
 # %% slideshow={"slide_type": "fragment"}
 prompt = "The capital of France is"
@@ -76,7 +84,7 @@ probabilities = logits[0, -1].softmax(-1)
 best = probabilities.topk(5)
 words = [tokenizer.decode(i).strip() for i in best.indices]
 
-figure, ax = plt.subplots(figsize=(7, 2.6))
+figure, ax = plt.subplots(figsize=(8.5, 2.6))
 bars = ax.barh(words, best.values, color=style.COLOURS["blue"])
 ax.bar_label(bars, [f"{p:.0%}" if p > 0.1 else f"{p:.1%}" for p in best.values], padding=4)
 ax.invert_yaxis()
@@ -84,7 +92,7 @@ ax.set(xlim=(0, 1), xlabel="probability", title=f"{prompt} ...")
 ax.grid(axis="y", visible=False)
 print({word: round(p, 2) for word, p in zip(words, best.values.tolist(), strict=True)})
 
-# %% [markdown] slideshow={"slide_type": "skip"}
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # Second place does not go to another city but to *the*, as in *the largest city of Europe*: the
 # model continues text, it does not answer questions. The five bars hold most of the probability of
 # a vocabulary of 49,152 tokens.
@@ -101,7 +109,10 @@ print({word: round(p, 2) for word, p in zip(words, best.values.tolist(), strict=
 #
 # **Is it?** Below one sentence gets more and more padding. What happens to its mean vector?
 #
-# <!-- notes: the argument on this slide sounds complete. Ask who would merge it in a review. -->
+# <!-- notes: The argument on this slide sounds complete. Ask who would merge it in a review, and
+# wait until somebody defends it. Each sentence is true up to the last. Then ask for a curve in the
+# air: cosine against padding. Most draw a flat line; it falls to 0.63 with 64 positions of padding.
+# -->
 
 # %% slideshow={"slide_type": "fragment"}
 SENTENCE = "The cat sleeps on the warm windowsill."
@@ -123,7 +134,7 @@ for count in num_padded:
     over_all.append(F.cosine_similarity(hidden.mean(1), alone).item())
     over_real.append(F.cosine_similarity(hidden[:, :num_real].mean(1), alone).item())
 
-figure, ax = plt.subplots(figsize=(7.5, 3.4))
+figure, ax = plt.subplots(figsize=(11, 2.9))
 ax.plot(num_padded, over_real, "o-", label="mean over the words", color=style.COLOURS["blue"])
 ax.plot(
     num_padded, over_all, "s-", label="mean over all positions", color=style.COLOURS["vermilion"]
@@ -135,16 +146,21 @@ print("padding            ", num_padded)
 print("mean over all      ", [round(c, 2) for c in over_all])
 print("mean over the words", [round(c, 2) for c in over_real])
 
-# %% [markdown] slideshow={"slide_type": "skip"}
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # The vectors of the words did not change; the *mean* did, because it counts positions that are
 # nobody's words. With the wrong mean a sentence means something else when its neighbour in the
 # batch is longer. Nothing crashes, no shape is wrong, and a test with sentences of one length
 # passes. Most bugs in this course are of that kind.
-#
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # How much damage is that? Two sentences about cats, two about interest rates, and one long
 # neighbour that fills up the batch:
+#
+# <!-- notes: Ask for a guess of the cosine between a cat and a bank under the wrong mean. Left,
+# everything is 0.99: all four vectors are mostly the same padding. Right, cats are near cats (0.87)
+# and rates near banks (0.89). Nobody would have seen an error message. -->
 
-# %% slideshow={"slide_type": "slide"}
+# %% slideshow={"slide_type": "fragment"}
 SENTENCES = [
     "The cat sleeps on the warm windowsill.",
     "A kitten is napping in the sun.",
@@ -207,6 +223,11 @@ print(f"cats and banks, at most: {similarities(hidden.mean(1))[:2, 2:].max().ite
 # at the end of a chapter one *challenge*.
 #
 # `check("mean_pool")` grades the file. Nobody has written anything there yet, so:
+#
+# <!-- notes: Two minutes of silence: everybody opens the file and reads the docstring. Ask
+# afterwards for one sentence of it that a hurried reader would skip. Do not discuss the edges yet;
+# section 6 needs them. The 9 points lie on six checks, and the ordinary mean is only one of them.
+# -->
 
 # %% slideshow={"slide_type": "fragment"}
 check("mean_pool")
@@ -219,11 +240,17 @@ check("mean_pool")
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 5. A first answer, and what the grader makes of it
 #
-# `check` also takes a function from a cell, which is good for trying out. Here is the answer that
-# most people write first. It is one line, and it has the right shape.
+# `check` also takes a function from a cell, which is good for trying out. Next comes the answer
+# that most people write first. It is one line, and it has the right shape: the mean over all
+# positions.
 #
-# <!-- notes: read the diagnosis aloud. The point of the chapter is that a grader can say what you
-# believed, and not only that you are wrong. -->
+# **How many of the six checks does it pass?** When you see the verdict, read two things. Each check
+# says what was expected, what came and where they differ. And at the end stands a *diagnosis*.
+#
+# <!-- notes: Let them bet on the number of checks; it passes one, the one without padding. Then
+# read the diagnosis aloud, slowly. The point of the chapter is that a grader can say what you
+# believed, and not only that you are wrong. Three minutes, and the most important ones of this
+# notebook. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -234,10 +261,9 @@ def mean_pool(hidden, is_real):
 check(mean_pool)
 
 # %% [markdown] slideshow={"slide_type": "skip"}
-# Two things to read. Each check says what was expected, what came and where they differ. And
-# below stands a *diagnosis*: the grader knows the wrong answers that people give, runs each one on
-# the inputs that it gave yours, and found one with your outputs. It names what you built, and
-# where to read about it.
+# The grader knows the wrong answers that people give, runs each one on the inputs that it gave
+# yours, and found one with your outputs. The diagnosis names what you built, and where to read
+# about it.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 6. A second answer, and the edges
@@ -245,7 +271,10 @@ check(mean_pool)
 # So the padding must not count: multiply it by zero, and divide by the number of real tokens.
 # **Which checks will this pass?** Two sentences of the docstring say.
 #
-# <!-- notes: let them open the docstring and name the three edges before you click. -->
+# <!-- notes: Let them open the docstring and name the three edges before you click: nan at padding,
+# a sentence without tokens, float16. Usually the first two are found and the third is not. Then one
+# line of arithmetic each: 0 times nan is nan, 0 / 0 is nan, and a sum of 200,000 is infinite in
+# float16. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -256,7 +285,7 @@ def mean_pool(hidden, is_real):
 
 check(mean_pool)
 
-# %% [markdown] slideshow={"slide_type": "skip"}
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # Right on every ordinary sentence, wrong at three edges. None of them is exotic; each is one line
 # of arithmetic:
 
@@ -267,9 +296,13 @@ thousand = torch.full((200,), 1000.0, dtype=torch.float16)
 print("200 * 1000 in float16:", thousand.sum().item(), "  their mean:", thousand.mean().item())
 assert thousand.sum().isinf() and thousand.mean() == 1000
 
-# %% [markdown] slideshow={"slide_type": "slide"}
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # Mend one at a time and look at the verdict in between: there is no penalty for asking often.
 # Three changes later:
+#
+# <!-- notes: Match the three changes with the three edges: masked_fill for nan, clamp for the empty
+# sentence, promote_types for float16. Ask which line could be left out without a student's noticing
+# on ordinary text. Any of the three. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -296,11 +329,16 @@ print("equal to the means of section 3")
 # What counts is the file. Write your version into `exercises/start_here.py` (from memory: it
 # sticks better), save it, and run the cell. In the notebook as it is stored, the file is still
 # empty.
+#
+# <!-- notes: Here the lecture's part ends. Everybody writes `mean_pool` from memory before the
+# laboratory, five minutes; nothing else of this chapter is handed in. Show `watch` once, in a
+# terminal beside an editor: save a wrong version, save the right one, and let them see the verdict
+# change. -->
 
 # %% slideshow={"slide_type": "fragment"}
 check("mean_pool")
 
-# %% [markdown] slideshow={"slide_type": "slide"}
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # The same grader works in a terminal, in the course's folder and with its environment on
 # (`source .venv/bin/activate`):
 #
@@ -328,6 +366,10 @@ check("mean_pool")
 #
 # If an AI assistant helps you, point it at `AGENTS.md`: that file asks it to tutor you, not to
 # write your answers.
+#
+# <!-- notes: One minute. Students ask whether reading the reference is cheating: it is not, the
+# exercises ask for another form or for the next step. Say plainly what you think of solutions
+# before passing, and what your own rules about assistants are; the file AGENTS.md is a default. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 9. What comes
@@ -353,6 +395,10 @@ check("mean_pool")
 #
 # The README says which chapters are finished. Each takes 40 to 90 minutes, and each begins with
 # what goes wrong without its idea.
+#
+# <!-- notes: Do not read the table. Point at three blocks: 01 to 05 build a model, 06 to 10 make it
+# cheap to run and to train, 11 to 15 spread it over machines. Ask which block people came for; it
+# tells you where to spend time later. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 10. Summary
@@ -369,3 +415,7 @@ check("mean_pool")
 # ran was trained.
 #
 # Next: [01 normalization](01_normalization.ipynb).
+#
+# <!-- notes: Students should be able to say what a docstring decides, and why code that earned 4 of
+# 9 points looked finished on ordinary sentences. Ask one of them to retell how cats became banks.
+# Chapter 01 begins at once: it asks what happens to numbers on their way through 48 layers. -->
