@@ -12,9 +12,10 @@
 # You need: matrix products, the chain rule, PyTorch tensors. Attention appears once as a closed
 # box; chapter 04 opens it.
 #
-# <!-- notes: 90 minutes with the exercises in class, 50 without. Sections 1 to 4 and 9 to 10
-# carry the story; 6 and 7 can be read at home; 14 is the best discussion: collect rankings on the
-# board before you show the table. -->
+# <!-- notes: The lecture has 65 minutes for this chapter: 35 for sections 1 to 5, 30 for 6 to 10.
+# Sections 1 to 4 and 9 to 10 carry the story; leave 11 to 13 for home. Section 14 is the best
+# discussion: keep it for the last quarter of the laboratory and collect rankings on the board
+# before you show the table. -->
 
 # %% [markdown] slideshow={"slide_type": "skip"}
 # > **Low-resource box.** One CPU core and 1.5 GB of memory are enough. The whole notebook runs in
@@ -67,13 +68,13 @@ def table(*rows):
 #
 # Guess before you run the next cells: about the same, some ten times larger, or something else?
 #
-# <!-- notes: let the room vote. Adding two independent vectors of equal size gives sqrt(2), so
-# the honest guess is 2^(96/2); the FFN passes less than that, because of the ReLU. -->
+# <!-- notes: Let the room vote; "some ten times" wins. On the board: adding two independent vectors
+# of equal size gives sqrt(2), so the honest guess is 2^(96/2) for 96 sublayers. The FFN passes less
+# than that, because of the ReLU: the figure will show 1.58 a layer, not 2. Five minutes for this
+# section. -->
 
 # %% [markdown] slideshow={"slide_type": "skip"}
-# The test bench of the chapter: a small decoder, as plain as it can be. `residual` is the one
-# place where the variants differ; each wrapper is three lines long in
-# `reference/normalization/residual.py`.
+# The test bench of the chapter: a small decoder, as plain as it can be.
 
 
 # %% slideshow={"slide_type": "skip"}
@@ -103,7 +104,13 @@ class FeedForward(nn.Sequential):
             nn.init.xavier_normal_(layer.weight, gain=gain)
 
 
-# %% slideshow={"slide_type": "subslide"}
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# The test bench: a small decoder, 48 layers of attention and feed-forward. `residual` is the one
+# place where the variants differ; each wrapper is three lines long in
+# `reference/normalization/residual.py`.
+
+
+# %% slideshow={"slide_type": "fragment"}
 def residual(placement, sublayer, dim, alpha):
     norm = norms.LayerNorm(dim)
     match placement:
@@ -184,7 +191,7 @@ def size_of_the_stream(placement, num_layers=48, dim=64):
         return [*sizes, x.square().mean().sqrt().item()], loss_of(model, tokens, targets).item()
 
 
-figure, ax = plt.subplots()
+figure, ax = plt.subplots(figsize=(11, 3.3))
 for placement in ("no norm", "Pre-LN", "Post-LN"):
     sizes, loss = size_of_the_stream(placement)
     ax.semilogy(sizes, label=placement, color=COLOUR[placement])
@@ -206,6 +213,11 @@ print(f"without a norm: a factor of {factor:.2f} a layer; four-sigma values leav
 # each sublayer sees normalised input, so what it adds has a fixed size, and sizes add up like
 # $\sqrt{\text{layer}}$: with four times the layers, twice the size. Post-LN pins it to 1.
 #
+# <!-- notes: Read the slope first: a straight line on a logarithmic axis is a factor a layer. Then
+# Pre-LN, 3.3 after 12 layers and 7.4 after 48: ask which law doubles when the depth is four times
+# as large. Last the dashed line: float16 is left at layer 21, before any training. -->
+
+# %% [markdown] slideshow={"slide_type": "skip"}
 # (One can also do without norms by scaling the initial weights with depth: Zhang et al. 2019,
 # Fixup, arXiv 1901.09321. A norm holds at every step of training; an initialisation, at the
 # first.)
@@ -216,8 +228,10 @@ print(f"without a norm: a factor of {factor:.2f} a layer; four-sigma values leav
 # **Question.** To bring a number to unit scale we need statistics. *Whose?* Here are 6 tokens of a
 # trained model with their first 10 features. LayerNorm takes a row, BatchNorm a column.
 #
-# <!-- notes: ask first which of the two boxes is available when a model writes one token for one
-# user. That question is answered in section 7. -->
+# <!-- notes: Ask first which of the two boxes is available when a model writes one token for one
+# user. Leave it open; section 7 answers it. The usual confusion is that LayerNorm normalises "the
+# layer", that is the whole rectangle: trace the row with your finger, one token and its own
+# features, nothing else. -->
 
 # %% slideshow={"slide_type": "skip"}
 smollm2, tokenizer = load_smollm2()
@@ -256,6 +270,10 @@ print(
 #
 # Two details that copies get wrong: the variance divides by $D$, not by $D-1$ (it normalises these
 # numbers, it does not estimate a population), and $\varepsilon$ stands *under* the root.
+#
+# <!-- notes: Let them do 1, 2, 3, 4 on paper: mean 2.5, variance 1.25 with D and 1.67 with D - 1.
+# The table's last line is the check: 1.0 against 0.866. With 576 features nobody would see the
+# difference. Exercise `layer_norm` belongs to the laboratory, 15 minutes. -->
 
 # %% slideshow={"slide_type": "fragment"}
 y = norms.layer_norm(hidden)
@@ -286,12 +304,14 @@ check("layer_norm")
 # two does a network need? Look at a trained one: how much of a token's energy
 # $\frac1D\sum_i x_i^2$ is in its mean, $\mu^2$?
 #
-# <!-- notes: most guess a third or a half. The share of one fixed direction among 576 is the
-# baseline; let them compute it. -->
+# <!-- notes: Most guess a third or a half. Give them a minute for the baseline: one fixed direction
+# among 576 holds 1/576 of the energy, 0.17 %. The measured mean over layers is 0.12 %, so below
+# chance. Objection that comes: this model never had a reason to use its mean. True, and said on the
+# slide. -->
 
 # %% slideshow={"slide_type": "fragment"}
 share = [(x.mean(-1).square() / x.square().mean(-1)).mean().item() for x in stream]
-figure, ax = plt.subplots(figsize=(7.5, 3.2))
+figure, ax = plt.subplots(figsize=(11, 2.4))
 ax.bar(range(len(share)), [100 * s for s in share], color=style.COLOURS["blue"])
 ax.set(xlabel="layer of SmolLM2", ylabel="share of the mean, %", ylim=(0, 1))
 plt.show()
@@ -300,8 +320,10 @@ assert max(share) < 0.01
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # Well below one per cent (for random directions it would be $1/D = 0.17\,\%$). This model was
-# trained with RMSNorm and never asked to have mean zero; there is little left to remove. Zhang
-# and Sennrich (2019, arXiv 1910.07467, eq. 4) drop the mean:
+# trained with RMSNorm and never asked to have mean zero; there is little left to remove.
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# Zhang and Sennrich (2019, arXiv 1910.07467, eq. 4) drop the mean:
 #
 # $$y_i=\frac{x_i}{\sqrt{\frac1D\sum_j x_j^2+\varepsilon}}\,w_i$$
 #
@@ -313,6 +335,10 @@ assert max(share) < 0.01
 # length. LayerNorm first drops the component along $(1,1,1)$, so its outputs lie on one circle of
 # that sphere: it forgets length *and* mean. Remember this for section 8. (Colour: mean of the
 # input.)
+#
+# <!-- notes: Before the figure, draw the axis (1,1,1) and ask what is left of the sphere when that
+# component is gone. Some say a plane, some a point; it is a great circle. Two minutes, well spent:
+# section 8 reads the lost directions of the gradient off this picture. -->
 
 # %% slideshow={"slide_type": "fragment"}
 points = torch.randn(300, 3, generator=torch.Generator().manual_seed(0)) * 2 + 0.5
@@ -356,13 +382,14 @@ check("rms_norm")
 #
 # First look at how large they *are*.
 #
-# <!-- notes: the usual answer is 65,504; the right one is 256, since the square has to fit. Do
-# not give it away: the dashed line does. -->
+# <!-- notes: The usual answer is 65,504; the right one is 256, since the square has to fit. Do not
+# give it away: the dashed line does. Ask instead where the largest number of the model sits. Nobody
+# expects the first token, one channel, 23,989, while other tokens have an rms of 6.3. -->
 
 # %% slideshow={"slide_type": "fragment"}
 largest = [x.abs().max().item() for x in stream]
 typical = [x[1:].square().mean().sqrt().item() for x in stream]
-figure, ax = plt.subplots()
+figure, ax = plt.subplots(figsize=(11, 3.2))
 ax.semilogy(largest, "o-", ms=4, color=style.COLOURS["vermilion"], label="largest |x|")
 ax.semilogy(typical, color=style.COLOURS["blue"], label="rms (first token left out)")
 ax.axhline(256, color="0.5", lw=1, ls="--")
@@ -381,9 +408,17 @@ print(f"layer 15: |x| = {largest[15]:,.0f} at token {position} "
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # From layer 12 to 28 one channel of the very first token is thousands of times larger than a
 # typical value. Trained transformers grow such *massive activations* (Sun et al. 2024, arXiv
-# 2402.17762). And 24,000 fits float16; its square does not.
+# 2402.17762).
 
-# %% slideshow={"slide_type": "subslide"}
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# And 24,000 fits float16; its square does not. The first three tokens of layer 15, normalised with
+# squares in float16 and in float32:
+#
+# <!-- notes: Ask what comes out for token 0: inf, nan, or a number? Most say nan. It is 0, since
+# rsqrt(inf) is 0, and zero is the worst of the three: no warning, no crash. Let somebody say the
+# upcast rule in own words before you show it: widen, compute, round once. -->
+
+# %% slideshow={"slide_type": "fragment"}
 x = stream[15][:3].half()
 in_half = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
 in_float = norms.rms_norm(x, eps=1e-5)
@@ -417,6 +452,10 @@ for dtype in (torch.float32, torch.bfloat16):
 # **And eps?** It is there for tokens near zero. Under the root it guards an rms of
 # $\sqrt{\varepsilon}$: with $10^{-6}$, an rms of 0.001. Outside the root the same number would
 # guard an rms of 0.000001 only. And in float16 a small eps is not even a number:
+#
+# <!-- notes: Ask for the smallest rms that eps = 1e-6 protects; half of the room forgets the root.
+# In the figure after the table, every dot stands at rms = sqrt(eps), where the output is 0.707. The
+# dashed line is the same 1e-6 outside the root: three decades further left. -->
 
 # %% slideshow={"slide_type": "fragment"}
 table(
@@ -459,8 +498,12 @@ print(f"at rms = sqrt(eps) the output has rms {half_way:.4f} = 1 / sqrt(2)")
 # Guess for LayerNorm and RMSNorm, then compare with the table in the papers (LayerNorm, table 1;
 # RMSNorm, table 1). WN is weight normalisation, $w \to g\,w/\lVert w\rVert$ (arXiv 1602.07868).
 #
-# <!-- notes: 24 guesses; have pairs fill in the two columns LayerNorm and RMSNorm in two minutes.
-# -->
+# - **Weights:** all of $W$ times 3; the same vector added to each of its rows; one row times 5
+# - **Data:** all cases times 3; the same vector added to all cases; one case times 5
+#
+# <!-- notes: 24 entries; have pairs fill in the two columns LayerNorm and RMSNorm in two minutes.
+# The row that divides the room is the shifted W: only LayerNorm ignores it. Then the last row, the
+# scale of one case, and why a residual stream needs it. End of the first 35 minutes. -->
 
 # %% slideshow={"slide_type": "subslide"}
 generator = torch.Generator().manual_seed(0)
@@ -525,6 +568,10 @@ print("\ncomputed (paper): all 24 entries agree")
 # Why $n$ in one place and $n-1$ in the other? The first *normalises these numbers*; the second
 # *estimates the population* that evaluation will meet. With small batches the difference is
 # visible:
+#
+# <!-- notes: Ask for the running variance with batches of two and division by n, when the truth is
+# 4: it is half of it, 1.991. Then the trap of every code review: momentum 0.1 is the share of the
+# new batch, not of the old value. Five minutes; exercise `BatchNorm` is for home. -->
 
 # %% slideshow={"slide_type": "fragment"}
 generator = torch.Generator().manual_seed(0)
@@ -547,6 +594,9 @@ print("momentum is the share of the NEW batch")
 # %% [markdown] slideshow={"slide_type": "subslide"}
 # In evaluation BatchNorm is one multiplication and one addition a channel, with constants. It can
 # disappear into the linear layer before it, which neither LayerNorm nor RMSNorm can:
+#
+# <!-- notes: Ask why not: their statistics come from the token itself, so there is no constant to
+# fold. One minute. -->
 
 # %% slideshow={"slide_type": "fragment"}
 linear = nn.Linear(16, 8)
@@ -571,8 +621,9 @@ check("BatchNorm")
 # normalise it together with $n-1$ randomly chosen neighbours. How much does its output depend on
 # who they are?
 #
-# <!-- notes: with n = 2 the answer can be found without a computer: two numbers, centred and
-# scaled, are +1 and -1. -->
+# <!-- notes: With n = 2 the answer can be found without a computer: two numbers, centred and
+# scaled, are +1 and -1. Let somebody do it on the board. Then take up the question of section 2:
+# one token for one user is n = 1, and there BatchNorm has no variance at all. Five minutes. -->
 
 # %% slideshow={"slide_type": "fragment"}
 pool = stream[9][1:]  # without the massive first token
@@ -588,7 +639,7 @@ for n in counts:
         for _ in range(60)
     ])  # fmt: skip
     wobble.append(outputs.std(0).mean().item())
-figure, ax = plt.subplots()
+figure, ax = plt.subplots(figsize=(11, 3.2))
 ax.loglog(counts, wobble, "o-", color=style.COLOURS["vermilion"], label="BatchNorm")
 ax.loglog(
     counts, [wobble[2] * math.sqrt(8 / n) for n in counts], ":", color="0.5", label="1 / sqrt(n)"
@@ -607,7 +658,10 @@ table(
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # The output has standard deviation 1 by construction: with two tokens almost all of it is noise
 # from the neighbour, and it falls only as $1/\sqrt n$. A norm that never looks at neighbours has
-# none. Two limits are worth knowing by heart:
+# none.
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# Two limits of BatchNorm are worth knowing by heart, a batch of two tokens and a batch of one:
 
 # %% slideshow={"slide_type": "fragment"}
 pair = norms.batch_norm(pool[:2], training=True, eps=1e-12).y
@@ -651,6 +705,12 @@ check("masked_batch_norm")
 #
 # **Question.** "RMSNorm costs gradients", notes say. Which ones, and how many?
 #
+# <!-- notes: Take answers first: "those of the mean", "all of them a little". Then do the RMSNorm
+# line on the board, and leave LayerNorm's to the room: the picture of section 3, sphere and circle,
+# says which directions must go. Ten minutes with the bar chart; students who lose the algebra keep
+# the picture. -->
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # Write $\hat x = x\,r$ with $r = 1/\sqrt{\frac1D\sum x_j^2+\varepsilon}$, and $g_i =
 # w_i\,\partial L/\partial y_i$. $x_k$ enters twice, in the numerator and in $r$; and $\partial
 # r/\partial x_k = -r^3x_k/D$. So
@@ -658,6 +718,8 @@ check("masked_batch_norm")
 # $$\frac{\partial L}{\partial x_k}=r\,g_k+\sum_i g_ix_i\frac{\partial r}{\partial x_k}
 # = r\Big(g_k-\hat x_k\,\frac1D\sum_i g_i\hat x_i\Big).$$
 #
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # The bracket removes from $g$ its component along $\hat x$. LayerNorm's mean is a second, equal
 # step:
 #
@@ -665,9 +727,6 @@ check("masked_batch_norm")
 # \frac{\partial L}{\partial x}=r\Big(g-\overline{g}-\hat x\,\overline{g\hat x}\Big)
 # \qquad \frac{\partial L}{\partial w}=\sum_{\text{tokens}}\frac{\partial L}{\partial y}\hat x
 # \qquad \frac{\partial L}{\partial b}=\sum_{\text{tokens}}\frac{\partial L}{\partial y}$$
-#
-# <!-- notes: do the RMSNorm line on the board, and leave LayerNorm's to the room: the picture of
-# section 3, sphere and circle, says which directions must go. -->
 
 # %% slideshow={"slide_type": "subslide"}
 x = hidden[20, :16].double().clone()
@@ -675,7 +734,7 @@ jacobian = {
     "RMSNorm": torch.autograd.functional.jacobian(lambda t: norms.rms_norm(t, eps=0.0), x),
     "LayerNorm": torch.autograd.functional.jacobian(lambda t: norms.layer_norm(t, eps=0.0), x),
 }
-figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True)
+figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), sharey=True)
 for ax, (name, J) in zip(axes, jacobian.items(), strict=True):
     values = torch.linalg.svdvals(J)
     ax.bar(range(1, 17), values, color=style.COLOURS["blue"])
@@ -691,9 +750,14 @@ print(f"1 / rms = {1 / x.square().mean().sqrt():.4f},  1 / std = {1 / x.std(corr
 # That is all: RMSNorm loses **one** direction, the one along $x$, because the output does not
 # depend on the length of $x$. LayerNorm loses two. Every other direction comes back with the same
 # factor $1/\text{rms}$: no squashing, no vanishing. Of 576 directions in SmolLM2, 575 pass.
-#
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # The factor has a second use. If the weights before the norm grow by 10, the gradient they get
 # shrinks by 10: the effective step tunes itself (LayerNorm, sec. 5.2; RMSNorm, sec. 4.2).
+#
+# <!-- notes: Ask what weight decay on this matrix then does, if its size changes nothing in the
+# output. That is a question for the discussion: leave it on the board. The table shows the factor
+# exactly: 0.4618, 0.0462, 0.0046. -->
 
 # %% slideshow={"slide_type": "fragment"}
 generator = torch.Generator().manual_seed(0)
@@ -710,6 +774,10 @@ table(*rows)
 # **What backward must keep.** Autograd through the formula keeps every intermediate. By hand, $x$
 # and one number a token suffice. `reference/normalization/backward.py` does so as
 # `torch.autograd.Function`; torch 2.13's own `rms_norm` on CPU does not:
+#
+# <!-- notes: Let them compute before the table: x is 576 bfloat16 numbers, 1152 bytes, plus one
+# float32, 4 bytes. By hand it is 1159 with the weight's share. torch's rms_norm keeps 4615 here.
+# The exercise `add_rms_norm_backward` starts from this; 25 minutes in the laboratory. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -764,8 +832,9 @@ check("add_rms_norm_backward")
 # **Question.** At initialisation, before any training: how large is the gradient that each layer's
 # feed-forward weight receives, in a network of 6, 12, 24, 48 layers?
 #
-# <!-- notes: vote on which placement has the flattest curve. DeepNorm wins; few expect it, as it
-# looks like Post-LN. -->
+# <!-- notes: Vote on which placement has the flattest curve, and let each voter draw it in the air.
+# DeepNorm wins; few expect it, as it looks like Post-LN. Compare in the table the column 48 / 6:
+# Post-LN 0.91, all others near a third. Ten minutes with the theorem. -->
 
 # %% slideshow={"slide_type": "subslide"}
 PLACEMENTS = ("Post-LN", "Pre-LN", "Sandwich-LN", "DeepNorm")
@@ -791,7 +860,7 @@ at_start = {
     }
     for p, some in models.items()
 }
-figure, axes = plt.subplots(1, 4, figsize=(14, 3.8), sharey=True)
+figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), sharey=True)
 for ax, placement in zip(axes.flat, PLACEMENTS, strict=True):
     for i, n in enumerate(DEPTHS):
         where = [(j + 0.5) / n for j in range(n)]
@@ -822,6 +891,10 @@ table(
 #
 # So the first should not depend on the number of layers $N$, and the second should not after
 # multiplication by $\sqrt N$. As in the theorem, the loss is that of one position.
+#
+# <!-- notes: Do not prove it. Ask what one would measure to refute it: a trend in the first and in
+# the third row. There is none worth the name, within 6 % and 11 % of the means, while Pre-LN itself
+# falls from 8.6 to 2.1. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -861,6 +934,12 @@ for name, values in (("Post-LN", post), ("Pre-LN x sqrt(N)", pre_scaled)):
 # **Question.** Post-LN is known to need a warm-up, Pre-LN is not. Can one have Post-LN's place and
 # Pre-LN's calm?
 #
+# <!-- notes: Take proposals before you go on: smaller weights, a smaller learning rate, a scale on
+# f. All go in the right direction; DeepNorm does the first and puts a scale on the other branch.
+# Most write alpha in front of f: leave that on the board, it is the fifth row of a table to come.
+# Ten minutes. -->
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # Wang et al. (2022, arXiv 2203.00555, sec. 4.2) bound how far the *output* of a Post-LN network
 # moves in one step: $\sum (v^2+w^2)/\alpha^2$ over its sublayers, with $v,w$ the gains of their
 # two matrices. Plain Post-LN has $v=w=\alpha=1$: the bound grows with depth. DeepNorm makes it 1
@@ -894,7 +973,7 @@ print("torchscale's code:      encoder 1.418 0.497, decoder 2.060 0.343 (with 1 
 # logits move? A fifth row has $\alpha$ on the *sublayer*, a slip that has been made.
 
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 @torch.no_grad()
 def output_moves(model, learning_rate=1e-5):
     before = model(PROBE[0])
@@ -907,6 +986,8 @@ models["alpha on the sublayer"] = [
     with_gradients("DeepNorm", n, alpha=1 / norms.deepnorm_constants(n).alpha) for n in DEPTHS
 ]
 moves = {p: [1000 * output_moves(model) for model in some] for p, some in models.items()}
+
+# %% slideshow={"slide_type": "fragment"}
 table(
     ("1000 x rms change of the logits", *[f"{n} layers" for n in DEPTHS], "48 / 6"),
     *[(p, *[round(m) for m in moves[p]], round(moves[p][-1] / moves[p][0])) for p in moves],
@@ -918,6 +999,10 @@ assert moves["Post-LN"][-1] > 20 * moves["DeepNorm"][-1]
 # DeepNorm 3 times, and DeepNorm moves least at every depth. (Its bound says "constant"; that
 # is for SGD and up to factors. With Adam, every sublayer takes a step of the same size, and
 # $\sqrt8\approx3$ is what independent steps add up to.)
+#
+# <!-- notes: The last row is the one for programmers: at 6 and 12 layers, where everybody tests,
+# alpha on the wrong branch is as calm as Pre-LN (7 and 16). At 48 it moves twice as far as Pre-LN.
+# Exercise `deepnorm_residual`, five minutes in the laboratory, is this bug. -->
 
 # %% [markdown] slideshow={"slide_type": "subslide"}
 # And the proof of the pudding: 12 layers, the same seed and learning rate, 40 steps on the text.
@@ -960,7 +1045,7 @@ shares = torch.bincount(characters) / len(characters)
 unigram = -(shares * shares.log()).sum().item()
 
 # %% slideshow={"slide_type": "fragment"}
-figure, ax = plt.subplots()
+figure, ax = plt.subplots(figsize=(11, 3))
 for name, losses in curves.items():
     smooth = torch.tensor(losses).unfold(0, 5, 1).mean(-1)
     ax.plot(range(4, NUM_STEPS), smooth, label=name, color=COLOUR[name.split(",")[0]],
@@ -981,12 +1066,16 @@ print(f"entropy of the letter frequencies: {unigram:.2f}")
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # Post-LN learned how often each letter occurs, and nothing else: the loss rests on the dotted
 # line, and the prediction is the same at every position, whatever was read. Nothing exploded; the
-# input no longer reaches the output. In this run a warm-up does not save it; fewer layers do: try
-# `train("Post-LN", num_layers=4)`. DeepNorm has its norm in the same place and trains best.
-# *Post-LN is not stable by itself; alpha and beta are what makes it so.*
+# input no longer reaches the output.
 #
-# <!-- notes: students say "Post-LN explodes". Nothing explodes here: ask what the flat line means
-# before you show the spread of the predictions. -->
+# <!-- notes: Students say "Post-LN explodes". Nothing explodes here: ask what the flat line means
+# before you point at the spread of the predictions, 0.0. A loss of 3 that does not move is the
+# entropy of the letters, 2.95. -->
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# In this run a warm-up does not save it; fewer layers do: try `train("Post-LN", num_layers=4)`.
+# DeepNorm has its norm in the same place and trains best. *Post-LN is not stable by itself; alpha
+# and beta are what makes it so.*
 
 # %% [markdown] slideshow={"slide_type": "skip"}
 # **Exercise `deepnorm_residual`** (repair, 5 minutes, difficulty 1 of 3). One thing in the
@@ -1011,8 +1100,10 @@ check("deepnorm_plan")
 # **Question.** Variance needs the mean, the mean needs all the data: two passes. But
 # $\sigma^2=E[x^2]-E[x]^2$ needs one. Why does nobody who has tried it use it?
 #
-# <!-- notes: float32 has 24 bits; ask for the distance of neighbouring numbers near 10^8 (it is
-# 8). -->
+# <!-- notes: For home; if there is time, one question. float32 has 24 bits: ask for the distance of
+# neighbouring numbers near 10^8 (it is 8). Then the variance of data with mean 10,000 is a
+# difference of two such numbers, and it should be 1. `streamed_statistics` is this chapter's
+# challenge. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -1072,6 +1163,10 @@ check("streamed_statistics")
 # ## 12. Proof against production
 #
 # The reference beside torch's kernels and transformers' `LlamaRMSNorm`, on SmolLM2's activations.
+#
+# <!-- notes: One minute, or home. Ask what "in tolerance" hides: a last bit, from another order of
+# operations. Bit for bit is only claimed where the order is the same, which is Llama's. The one
+# surprise is the float64 cell: production code that narrows its input without saying so. -->
 
 # %% slideshow={"slide_type": "fragment"}
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -1122,14 +1217,21 @@ table(*rows)
 # Recomputed above, beside the papers: the invariance table (section 5), Theorem 1 (section 9),
 # DeepNorm's constants (section 10). One more, which is often quoted: RMSNorm "reduces the running
 # time by 7 % to 64 %" (arXiv 1910.07467, abstract). From the times in the paper's own tables:
+#
+# <!-- notes: Ask who has read that RMSNorm is 64 % faster. Then let them find the 64 in the table:
+# last column, another method, one model. A good minute on how a number loses its footnote. The
+# timings that follow are this machine's; students' own will differ, and only the direction may be
+# compared. -->
 
-# %% slideshow={"slide_type": "fragment"}
-times = {
+# %% slideshow={"slide_type": "skip"}
+times = {  # seconds: LayerNorm, RMSNorm, pRMSNorm
     "table 4": (248, 231, None),
     "table 6": (392, 333, None),
     "table 8": (12.02, 7.12, 4.34),
     "table 10": (39, 31, None),
 }
+
+# %% slideshow={"slide_type": "fragment"}
 rows = [("", "LayerNorm, s", "RMSNorm, s", "saved", "pRMSNorm, s", "saved")]
 for name, (layer, rms, partial) in times.items():
     rows.append((name, layer, rms, f"{100 * (1 - rms / layer):.1f} %", partial or "",
@@ -1139,7 +1241,8 @@ table(*rows)
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # The 64 % belongs to *pRMSNorm*, which estimates the rms from a part of the features, in one
 # model, in Theano. RMSNorm itself saved 7 % to 41 %. "RMSNorm is 64 % faster" is a misquotation.
-#
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # And on this machine? Ours against ours, the norm alone (not a whole model), and torch's kernels:
 
 # %% tags=["nbval-ignore-output"] slideshow={"slide_type": "fragment"}
@@ -1187,8 +1290,10 @@ table(
 # Write down your ranking first: mean subtracted; variance by $D-1$; eps outside the root;
 # statistics over the tokens; squares in float16; squares in bfloat16.
 #
-# <!-- notes: the surprise is usually bfloat16, which everybody ranks as fatal and which costs
-# nothing here. Ask why float16 differs: range, not precision. -->
+# <!-- notes: The surprise is usually bfloat16, which everybody ranks as fatal and which costs
+# nothing here. Ask why float16 differs: range, not precision. Three piles on the board, fatal,
+# felt, unseen; count the votes before you show the table. Fifteen minutes of discussion, the best
+# of this chapter. -->
 
 
 # %% slideshow={"slide_type": "subslide"}
@@ -1275,7 +1380,7 @@ after = torch.stack([
     norms.rms_norm(x[1:], smollm2.get_submodule(name).weight.detach()).square().mean(0).sqrt()
     for x, name in zip(stream, watched, strict=True)
 ])  # fmt: skip
-figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharex=True)
+figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), sharex=True)
 for ax, values, title in (
     (axes[0], channel_rms, "before the norm"),
     (axes[1], after, "after norm and weight"),
@@ -1306,6 +1411,10 @@ for c in (507, 247):
 # does about it differs: channel 507 is turned down, channel 247 is switched off in the first
 # layers and passes in full later. They stay a problem for whoever rounds activations with one
 # scale a token (chapter 09).
+#
+# <!-- notes: Leave for home, or use it as a bridge to chapter 09: two channels, each 24 times the
+# median before the norm; one leaves it at 8.5, the other at 31.2. Ask which of them an 8-bit scale
+# for the whole token would suffer from. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 15. Summary
@@ -1326,3 +1435,8 @@ for c in (507, 247):
 # **Further reading.** LayerNorm, arXiv 1607.06450. RMSNorm, 1910.07467. BatchNorm, 1502.03167.
 # Placement and warm-up, 2002.04745. Sandwich-LN, 2105.13290. DeepNet, 2203.00555. Fixup (no norm
 # at all), 1901.09321. Massive activations, 2402.17762. In code: `reference/normalization/`.
+#
+# <!-- notes: Students should be able to say, for each norm, what it divides by and over which axes,
+# which directions its backward pass loses, and where they would put it in 48 layers. Laboratory:
+# `rms_norm`, `layer_norm`, `deepnorm_residual`, `add_rms_norm_backward`. Chapter 02 asks the same
+# of the curve between two matrices: what happens to the gradient? -->
