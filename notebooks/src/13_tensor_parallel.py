@@ -9,6 +9,10 @@
 # divided Llama equal to the whole one, and to PyTorch's DTensor.
 #
 # You need: chapters 04, 05 and 11; chapter 12 for what data parallelism leaves undivided.
+#
+# <!-- notes: 75 minutes: 40 for sections 1 to 7, 35 for 8 to 11. Sections 12 to 14 are for reading.
+# Take up chapter 12's last line, "no stage shards activations". Draw one block of a transformer on
+# the board, with room between the boxes: sections 3, 4 and 7 write their sums into the gaps. -->
 
 # %% [markdown] slideshow={"slide_type": "skip"}
 # > **Low-resource box.** One CPU core and 1 GB of memory are enough; ranks are simulated. The slow
@@ -73,6 +77,10 @@ def table(*rows):
 #
 # **Question.** A small Llama, one row of text, on 1 to 8 ranks. Data parallelism, sharded or not,
 # has no second rank to give anything to. What does a rank hold if every matrix is divided instead?
+#
+# <!-- notes: Four minutes. Ask for two curves, parameters and activations. Most draw 1/N for both.
+# Let them name something that stays whole although all matrices are cut: the stream between them,
+# on which every rank adds and norms. -->
 
 # %% slideshow={"slide_type": "skip"}
 CONFIG = LlamaConfig(
@@ -108,7 +116,7 @@ def divided_step(comm, sequence_parallel):
 
 # %% slideshow={"slide_type": "subslide"}
 found = {(n, sp): run(n, divided_step, sp).results[0] for n in (1, 2, 4, 8) for sp in (False, True)}
-fig, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
 for i, (ax, what) in enumerate(zip(axes, ("parameters", "activations"), strict=True)):
     for sp, name in ((False, "tensor parallel"), (True, "and sequence parallel")):
         held = [found[n, sp][1][i] / 1e3 for n in (1, 2, 4, 8)]
@@ -121,14 +129,18 @@ for i, (ax, what) in enumerate(zip(axes, ("parameters", "activations"), strict=T
     style.label_lines(ax)
 plt.show()
 losses = {round(loss, 4) for loss, *_ in found.values()}
-print("losses of all eight runs:", losses)
+print("losses of all eight runs:", *losses)
 for n in (1, 8):
     kept = [f"{found[n, sp][1][1] / 1e3:,.0f} kB" for sp in (False, True)]
-    print(f"{n} ranks: activations {kept[0]}, with sequence parallelism {kept[1]}")
+    print(f"ranks {n}: activations {kept[0]}, with sequence parallelism {kept[1]}")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # Parameters are divided by N (but for key and value heads, of which there are two). Activations are
 # not, quite: something is kept on all ranks alike. Which, and what to do about it, is section 7.
+#
+# <!-- notes: The point is the gap between blue and dashed on the right: 1,453 kB at 8 ranks, where
+# an eighth of 5,238 would be 655. And one printed line: all eight runs have the same loss, 5.5509.
+# Nothing is approximated in this chapter. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 2. Two ways to cut a matrix
@@ -141,6 +153,11 @@ for n in (1, 8):
 #   needs its part of x.
 #
 # **Question.** After which of the two may you apply GELU without asking anybody?
+#
+# <!-- notes: Six minutes. Draw W twice, once with a horizontal cut, once with a vertical one, and
+# under each what a rank's y looks like: a few whole numbers, or all numbers by halves. Then vote.
+# "Rows" and "columns" mean opposite things to people who write Wx and xW: insist on outputs and
+# inputs. -->
 
 # %% slideshow={"slide_type": "fragment"}
 torch.manual_seed(0)
@@ -153,6 +170,9 @@ for name, y in (("outputs", by_outputs), ("inputs", by_inputs)):
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # GELU of a summand is not a summand of GELU. A myth: "split the MLP's first matrix by rows", that
 # is by its inputs. It would need a sum before the curve.
+#
+# <!-- notes: The error is 1.10, not small: curves and sums do not change places. Ask which function
+# would allow it: a linear one. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 3. A pair of layers
@@ -166,9 +186,14 @@ for name, y in (("outputs", by_outputs), ("inputs", by_inputs)):
 # | $g$, at the exit | all-reduce | nothing |
 #
 # Two operators, each the other's backward (Megatron-LM, section 3).
+#
+# <!-- notes: Seven minutes. Before the table, ask for the sum in backward; nearly all forget it,
+# since forward has only one. x went into both parts, so its gradient comes back in two summands.
+# Write f and g into the gaps on the board. Two sums a pair, two pairs a layer: that is section 8
+# already. -->
 
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 def pair(comm):
     torch.manual_seed(0)
     first, second = nn.Linear(4, 6), nn.Linear(6, 4)
@@ -184,11 +209,15 @@ def pair(comm):
     return forward, comm.traffic.total().num_calls - forward, max(errors) < 1e-6
 
 
+# %% slideshow={"slide_type": "fragment"}
 print("all-reduces forward, backward, equal to the whole:", run(2, pair).results[0])
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # **Exercise.** `parallel_mlp`, forward and backward by hand, and `row_parallel_linear`, a famous
 # mistake.
+#
+# <!-- notes: Both in the laboratory, 20 and 6 minutes. Do not tell the mistake; section 14 does.
+# -->
 
 # %% slideshow={"slide_type": "skip"}
 check("parallel_mlp")
@@ -204,15 +233,21 @@ check("row_parallel_linear")
 #
 # **Question.** 8 query heads, 2 key/value heads, 4 ranks. Who has which key/value head, and whose
 # gradient is it?
+#
+# <!-- notes: Six minutes. Write ranks 0 to 3 with their query heads: 0 and 1, 2 and 3, 4 and 5, 6
+# and 7. Let the room add the key heads. A usual wrong answer cuts a key head in two. The second
+# half of the question is the harder one: a copy's gradient is not whole until the two ranks add
+# theirs. -->
 
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 def kv_gradient(comm):
     part = parallelize(new_model(), comm)
     vocab_parallel_cross_entropy(part(inputs), targets, comm).mean().backward()
     return part.layers[0].self_attn.k_proj.weight.grad
 
 
+# %% slideshow={"slide_type": "fragment"}
 whole = new_model()
 F.cross_entropy(whole(inputs).flatten(0, 1), targets.flatten()).backward()
 truth = whole.layers[0].self_attn.k_proj.weight.grad.chunk(2)
@@ -225,6 +260,9 @@ for rank, grad in enumerate(run(4, kv_gradient).results):
 # copies are summed over the two; otherwise the copies would drift apart.
 #
 # **Exercise.** `heads_of_rank`
+#
+# <!-- notes: Zeros stand beside head 0 for ranks 0 and 1: the sum is in already. Ask what the
+# numbers would be without it. `heads_of_rank` is for the laboratory, 12 minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 check("heads_of_rank")
@@ -238,12 +276,18 @@ check("heads_of_rank")
 # **Question.** The logits are (B, T, V), in float32 often the largest tensor of all. To get a loss
 # from N parts, must they be gathered?
 #
+# <!-- notes: Five minutes. Ask which numbers a rank needs from the others to write down its own
+# share of the loss. Somebody says "the softmax", so all of it: then ask what of a softmax a loss
+# reads. The first of the three numbers is often forgotten; exp of a large logit overflows (chapter
+# 07). -->
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # $$\text{loss} = \log\sum_v e^{z_v - m} + m - z_\text{target}$$
 #
 # Three numbers a position: the maximum, the sum, the target's logit.
 
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 def loss_traffic(comm, vocabulary, gathers):
     part = torch.zeros(64, vocabulary // comm.size)
     if gathers:
@@ -257,10 +301,15 @@ rows = [("vocabulary", "logits gathered", "three numbers")]
 for vocabulary in (1_024, 32_000, 128_256):
     sent = [run(8, loss_traffic, vocabulary, g).results[0] for g in (True, False)]
     rows.append((f"{vocabulary:,}", *(f"{kb:,.1f} kB" for kb in sent)))
+
+# %% slideshow={"slide_type": "fragment"}
 table(*rows)
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # **Exercise.** `vocab_parallel_loss`, also for logits that exp cannot take.
+#
+# <!-- notes: 28.7 MB against 1.3 kB, for 64 positions. The right column does not know the
+# vocabulary. Exercise at home, 20 minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 check("vocab_parallel_loss")
@@ -270,6 +319,11 @@ check("vocab_parallel_loss")
 #
 # **Question.** Four ranks draw dropout masks. Should they draw the same?
 #
+# <!-- notes: Five minutes. Take a vote; both sides are right, at different places. Ask each side
+# for the place at which the other one's answer does harm. Rule for the board: what is held alike
+# needs the same random numbers, what is divided needs different ones. -->
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # On the stream, which all hold alike: the same, or copies stop being copies. On attention weights,
 # of which each has its own heads: different ones, or all heads drop the same places.
 
@@ -307,6 +361,10 @@ table(*rows)
 # of the places.
 #
 # **Exercise.** `dropout_seed`
+#
+# <!-- notes: Read the rows as symptoms. "Own everywhere": outputs 1.18 apart, copies have stopped
+# being copies. "Shared everywhere": outputs agree, nothing looks wrong, and all heads drop the same
+# places, 100 %. Let them compute the 41 % before you show it. -->
 
 # %% slideshow={"slide_type": "skip"}
 check("dropout_seed")
@@ -317,12 +375,17 @@ check("dropout_seed")
 # **Question.** Between two regions stand norms, dropout and residuals, on all ranks alike: the same
 # work N times, and N copies of what they keep. They treat each position by itself. So?
 #
+# <!-- notes: Seven minutes. The question gives the answer nearly away; what costs time is the
+# traffic. Most expect more of it. Draw one all-reduce and cut it in the middle: reduce-scatter, the
+# norm between, all-gather. Chapter 11's ring did just that. -->
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # Divide them by positions. The all-reduce at the exit becomes a reduce-scatter (each rank gets the
 # sum of its positions), and an all-gather stands at the next entrance. Together they are the two
 # halves of the all-reduce: the same bytes.
 
 
-# %% slideshow={"slide_type": "subslide"}
+# %% slideshow={"slide_type": "skip"}
 STREAM = torch.randn(2, 256, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
@@ -338,6 +401,7 @@ def layer_memory(comm, sequence_parallel):
     return use["activations"] + use["communication_buffers"] - y.nbytes
 
 
+# %% slideshow={"slide_type": "subslide"}
 stream = 256 * 2 * 64
 rows = [("ranks", "sequence parallel", "bytes / (s b h)", "formula", "kept gathered")]
 for n, sp in ((1, False), (2, False), (4, False), (2, True), (4, True)):
@@ -351,10 +415,18 @@ table(*rows)
 # $10 + 24/t + 5as/(ht)$ bytes, and with sequence parallelism $34/t + 5as/(ht)$. Ours also keeps the
 # gathered inputs, which the paper gathers again in backward (and a causal mask, the rest).
 #
+# <!-- notes: Have them read the formula by parts: 10 is what no rank divides, and it goes to 0 with
+# sequence parallelism, 34 = 10 + 24. At 4 ranks 38.12 becomes 33.53. Then the last column: 3 of
+# these bytes are our own, from gathered inputs. -->
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # A myth: "sequence parallelism divides attention". It divides what stands between regions. Dividing
 # attention itself by positions is chapter 14.
 #
 # **Exercise.** `sequence_parallel_sublayer`
+#
+# <!-- notes: Say it twice: the name misleads every year. `sequence_parallel_sublayer` is for the
+# laboratory, 15 minutes. End of the first part. -->
 
 # %% slideshow={"slide_type": "skip"}
 check("sequence_parallel_sublayer")
@@ -364,9 +436,13 @@ check("sequence_parallel_sublayer")
 #
 # **Question.** How many all-reduces does a layer need in a training step? And how many does the
 # Llama of section 1 make?
+#
+# <!-- notes: Five minutes. Collect numbers before showing anything: two, four and eight all come
+# up. Go back to the board's block and count its f and g: two pairs, each with one sum forward and
+# one backward. The cell subtracts one layer from two, so what is outside of layers drops out. -->
 
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 def layer_traffic(comm, sequence_parallel, num_layers):
     config = dataclasses.replace(CONFIG, num_layers=num_layers, num_kv_heads=8)
     part = parallelize(Llama(config), comm, sequence_parallel=sequence_parallel)
@@ -376,13 +452,17 @@ def layer_traffic(comm, sequence_parallel, num_layers):
 
 
 stream = inputs.numel() * CONFIG.dim * 4
+sends = []
 for sp in (False, True):
     one, two = (run(4, layer_traffic, sp, layers).results[0] for layers in (1, 2))
-    print("tensor and sequence parallel:" if sp else "tensor parallel:")
+    sends.append("tensor and sequence parallel:" if sp else "tensor parallel:")
     for operation, (calls, sent) in two.items():
         calls, sent = calls - one[operation][0], sent - one[operation][1]
         if calls:
-            print(f"  {calls} x {operation}: {sent / stream:.3f} times the stream")
+            sends.append(f"  {calls} x {operation}: {sent / stream:.3f} times the stream")
+
+# %% slideshow={"slide_type": "fragment"}
+print(*sends, sep="\n")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # Four all-reduces, two forward and two backward, of 2 (t-1)/t = 1.5 streams each; or four gathers
@@ -390,6 +470,9 @@ for sp in (False, True):
 # weights, of which each rank saw its own positions.) In the paper's letters: $8bsh(t-1)/t$ numbers.
 #
 # **Exercise.** `tensor_parallel_bytes`
+#
+# <!-- notes: 6 streams are 4 times 1.5; 3 + 3 is the same. `tensor_parallel_bytes` is for the
+# laboratory, 8 minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 check("tensor_parallel_bytes")
@@ -397,6 +480,10 @@ check("tensor_parallel_bytes")
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **Question.** A Llama-3.1-70B layer, 4,096 tokens, on H100s. When does talking take as long as
 # computing: with 8 ranks on one node, or 16 on two?
+#
+# <!-- notes: Six minutes. Let them guess the share of talking at 8 and at 16 ranks. Guesses for 8
+# are too low: it is 41 %. Ask what happens to each part when N doubles: products halve, the sum
+# stays what it is. -->
 
 
 # %% slideshow={"slide_type": "subslide"}
@@ -428,17 +515,25 @@ ax.text(
 ax.set(xticks=range(len(sizes)), xticklabels=sizes, xlabel="tensor-parallel ranks",
        ylabel="forward of a layer (ms)", ylim=(0, 8))  # fmt: skip
 plt.show()
-print({n: f"{(a + b) * 1e3:.2f} ms" for n, (a, b) in times.items()})
+print("ms:", ", ".join(f"{(a + b) * 1e3:.2f} on {n}" for n, (a, b) in times.items()))
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # The sums do not shrink with N, the products do. Within a node the links are fast; beyond it each
 # rank's adapter is. This is why tensor parallelism stops at the node's border.
+#
+# <!-- notes: From 16 to 32 ranks the bar grows again, 1.30 to 1.37 ms: twice the GPUs for nothing.
+# But already on one node 8 ranks are 4.7 times as fast as one, not 8. Chapter 15 asks this again
+# with a planner. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 9. Computing while gathering
 #
 # **Question.** With sequence parallelism an all-gather stands before $W_Q, W_K, W_V$. But the
 # product of a position needs that position only. Why wait for all?
+#
+# <!-- notes: Five minutes. Draw the two rows, compute and network, as in chapter 12's prefetch, and
+# ask what can be multiplied at time 0: a rank's own positions. Then who sends what to whom?
+# Somebody says "to all"; a ring needs a neighbour only. -->
 
 
 # %% slideshow={"slide_type": "subslide"}
@@ -447,7 +542,7 @@ def projection(comm, act):
         act(torch.ones(1, 2048 // comm.size, 64), torch.ones(256, 64), comm)
 
 
-fig, axes = plt.subplots(2, 1, figsize=(9, 4.8), sharex=True)
+fig, axes = plt.subplots(2, 1, figsize=(9, 3.5), sharex=True)
 for ax, act in zip(axes, (gathered_linear, overlapped_linear), strict=True):
     trace = run(4, projection, act, hardware=CLASSROOM).trace
     timeline(ax, trace, ranks=[0], seconds=1.15e-4, labels={"product": "product"})
@@ -460,6 +555,10 @@ plt.show()
 # product hide the messages, or the other way round. The same at the other end:
 #
 # **Exercise.** `matmul_reduce_scatter`: graded by the clock.
+#
+# <!-- notes: 109 microseconds become 67. The compute row of the lower picture has no gap, so all
+# three messages are hidden; ask what would show if the network were four times slower.
+# `matmul_reduce_scatter` is for home, 30 minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 check("matmul_reduce_scatter")
@@ -469,9 +568,13 @@ check("matmul_reduce_scatter")
 #
 # **Question.** 64 ranks multiply two n x n matrices. In strips, each needs all of B. In an 8 x 8
 # grid of blocks, or a 4 x 4 x 4 cube: what travels, and what does a rank hold?
+#
+# <!-- notes: Eight minutes with the next page. Draw C as a square. One block of it needs a strip of
+# A and a strip of B. In strips that is all of B; in the grid, an eighth of each. Nearly all vote
+# for the cube, as it has the most dimensions. -->
 
 
-# %% slideshow={"slide_type": "subslide"}
+# %% slideshow={"slide_type": "skip"}
 def product(comm, kind, n=128):
     whole = torch.ones(n, n)
     if kind == "1D strips":
@@ -488,6 +591,7 @@ def product(comm, kind, n=128):
     return comm.traffic.total().wire_bytes / whole.nbytes, comm.memory.use.peak_bytes / whole.nbytes
 
 
+# %% slideshow={"slide_type": "fragment"}
 rows = [("", "sent by a rank / n^2", "held at most / n^2")]
 for kind in ("1D strips", "2D grid (SUMMA)", "3D cube"):
     done = run(64, product, kind).results
@@ -498,6 +602,13 @@ table(*rows)
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # The grid sends a fifth of what strips do. The cube does not win yet: it copies blocks along its
 # third side first. (What is held includes the matrix from which this cell cuts its blocks: 1.)
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# When does the cube win? The same shares for more ranks:
+#
+# <!-- notes: Ask for a guess at the number of ranks, then show it: at 512 the cube is ahead by
+# little, 0.0820 to 0.0845. Leave the formulas in the code for home. What stays: nobody does this to
+# one product; the dimensions go to other axes. -->
 
 # %% slideshow={"slide_type": "fragment"}
 rows = [("ranks", "1D", "2D", "3D")]
@@ -518,10 +629,15 @@ print("(sent by a rank / n^2, by the formulas that the ledger has just confirmed
 # **Question.** Say of one matrix that its columns lie along the axis `tp`, and nothing else. Can a
 # compiler find the rest of Megatron's layout?
 #
+# <!-- notes: Six minutes. Write both einsums on the board, btd,df->btf and btf,fd->btd, and put a
+# mark on the f of w1. Let somebody carry the mark along: h has an f, w2 has one, y has none. So f
+# is summed, and there stands the all-reduce. -->
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # Dimensions with the same letter in an einsum lie alike. Annotations spread along letters; where a
 # summed letter is divided, an all-reduce follows (GSPMD).
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "subslide"}
 mlp = (Einsum("h", "btd,df->btf", ("x", "w1")), Einsum("y", "btf,fd->btd", ("h", "w2")))
 for title, annotations in (
     ("w1 by columns", {"w1": (None, "tp")}),
@@ -538,12 +654,20 @@ for title, annotations in (
 # One annotation is enough: w2 by inputs, one all-reduce at the end. Add data parallelism and
 # nothing in the layer changes. The fourth program gathers a weight before its use: FSDP, from the
 # same rule.
+#
+# <!-- notes: Cover the outputs and have them find the move of each program, one after the other.
+# The third is section 2's myth: the sum stands at h, before the curve. The fourth is chapter 12
+# without a line of FSDP. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 12. Proof against production
 #
 # Two real processes: PyTorch's `parallelize_module` with Colwise and Rowwise styles on one MLP, and
 # ours. Then the whole Llama on four simulated ranks beside one.
+#
+# <!-- notes: For reading. In class one sentence: bit for bit beside DTensor, since a sum of two
+# numbers has one order; 5e-07 on four ranks, since there the order differs. Ask why the second is
+# not zero. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -591,6 +715,12 @@ for sp in (False, True):
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 13. Published figures, recomputed
+#
+# Each row: what a paper prints, and what the formulas of sections 7 and 8 give.
+#
+# <!-- notes: For reading. If two minutes are left, take the row "both": 16.1, 18.5, 20.2, 20.2 %
+# beside "under 20 %". Ask what one does with a paper that is almost right: say so, with the number,
+# and go on using it. -->
 
 # %% slideshow={"slide_type": "fragment"}
 GPT3, MTNLG = (2048, 1, 12288, 96), (2048, 1, 20480, 128)
@@ -644,6 +774,10 @@ table(
 #   shared key/value heads. Their gradients must be summed.
 # - **Clipping** must count a divided parameter's parts from all ranks, and a copied one once.
 # - **Vocabularies that do not divide** are padded:
+#
+# <!-- notes: Three minutes, as a game: for each line, does the loss show it? With the bias and the
+# mean it falls all the same; copies drift slowly; only the last one raises an error. The first line
+# is the answer to `row_parallel_linear`, so keep it for after the laboratory. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -665,3 +799,7 @@ except ValueError as error:
 # **Further reading.** Shoeybi et al. 2019, *Megatron-LM* (arXiv 1909.08053); Korthikanti et al.
 # 2022, *Reducing Activation Recomputation* (arXiv 2205.05198); Xu et al. 2021, *GSPMD* (arXiv
 # 2105.04663); Narayanan et al. 2021 (arXiv 2104.04473).
+#
+# <!-- notes: Students should be able to draw a layer with its f and g, say which two matrices are
+# cut by outputs and why not the other way round, and give four all-reduces from memory. What is
+# left: attention still has all positions on each rank. Chapter 14 cuts the text itself. -->
