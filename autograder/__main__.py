@@ -96,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="unfold so many hints")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML as well")
+    parser.add_argument("--classroom", type=Path, metavar="FILE",
+                        help="append the points for GitHub Classroom ($GITHUB_OUTPUT)")  # fmt: skip
     parser.add_argument("--answers", default="exercises", help="folder to grade (exercises)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
     parser.add_argument("--pdb", action="store_true", help="debug the first failure")
@@ -129,11 +131,14 @@ def _debug(error: BaseException) -> None:
 
 
 def _report(results: list[ExerciseResult], options: argparse.Namespace, console: Console) -> None:
-    from autograder.reports import as_json, write_junit
+    from autograder.reports import as_json, classroom_output, write_junit
     from autograder.terminal import print_results
 
     if options.junit:
         write_junit(results, options.junit)
+    if options.classroom:
+        with options.classroom.open("a", encoding="utf-8") as file:
+            file.write(classroom_output(results))
     if options.json:
         print(as_json(results))
     else:

@@ -1,5 +1,6 @@
-"""Verdicts for machines: JSON and JUnit XML."""
+"""Verdicts for machines: JSON, JUnit XML, and what GitHub Classroom's reporter takes."""
 
+import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,3 +39,24 @@ def write_junit(results: Sequence[ExerciseResult], path: Path) -> None:
         document.add_testsuite(suite)
     document.update_statistics()
     document.write(str(path), pretty=True)
+
+
+def classroom_output(results: Sequence[ExerciseResult]) -> str:
+    """A step's output `result=...` for the action classroom-resources/autograding-grading-reporter:
+    base64 of a JSON document with a test for each exercise."""
+    tests = [
+        {
+            "name": f"{r.chapter}: {r.exercise}",
+            "status": "pass" if r.status == PASSED else "fail",
+            "score": r.earned,
+            "message": (f"{r.status}. {r.diagnosis.says}" if r.diagnosis else r.status)[:1000],
+        }
+        for r in results
+    ]
+    document = {
+        "version": 3,
+        "status": "pass" if all(r.status == PASSED for r in results) else "fail",
+        "max_score": sum(r.points for r in results),
+        "tests": tests,
+    }
+    return f"result={base64.b64encode(json.dumps(document).encode()).decode()}\n"

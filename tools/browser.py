@@ -11,8 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync")  # fmt: skip
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 def find_browser() -> str | None:
@@ -61,8 +68,10 @@ def open_tab(browser: Any, width: int, height: int) -> Tab:
     )
     tab.page.on(
         "request",
-        lambda request: tab.requests.append(request.url)
-        if not request.url.startswith(("file:", "data:", "blob:"))
-        else None,
+        lambda request: (
+            tab.requests.append(request.url)
+            if not request.url.startswith(("file:", "data:", "blob:"))
+            else None
+        ),
     )
     return tab

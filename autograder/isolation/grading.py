@@ -9,6 +9,7 @@ from autograder import refusals
 from autograder.diagnosis import Memory
 from autograder.engine import grade_student, refuse_all
 from autograder.isolation.remote import RemoteSubmission
+from autograder.isolation.sandbox import Layers
 from autograder.isolation.tampering import suspicions
 from autograder.isolation.workers import Workers
 from autograder.limits import OutOfTime
@@ -34,9 +35,11 @@ class IsolatedGrader:
     Use as a context manager. Raises: NoSandbox, where answers cannot be confined.
     """
 
-    def __init__(self, root: Path, *, is_trusted: bool = False) -> None:
+    def __init__(
+        self, root: Path, *, is_trusted: bool = False, layers: Layers | None = None
+    ) -> None:
         self.root = root
-        self.workers = Workers(root, is_trusted=is_trusted)
+        self.workers = Workers(root, is_trusted=is_trusted, layers=layers)
         self._prepared: dict[str, _Prepared] = {}
 
     def __enter__(self) -> "IsolatedGrader":

@@ -1,8 +1,8 @@
 """The process that answers are forked from: it has imported what they need, and nothing else.
 
-Started by `Workers` as `python -m autograder.isolation.host DESCRIPTOR FOLDER`, with an empty
-environment. It never runs an answer itself. It knows no grader and no solution, so there is none in
-the memory that its children inherit.
+Started by `Workers` as `python -m autograder.isolation.host DESCRIPTOR FOLDER LAYER ...`, with an
+empty environment; without a layer its workers are not confined. It never runs an answer itself. It
+knows no grader and no solution, so there is none in the memory that its children inherit.
 """
 
 import gc
@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ import torch
 
 import autograder.spies  # noqa: F401
 import autograder.student  # noqa: F401  (children must not need to read it)
-from autograder.isolation import answers, sandbox
+from autograder.isolation import answers, namespace, sandbox
 
+LAYERS = ("landlock", "bubblewrap", "other_user")  # of sandbox.Layers, in its order
 MEMORY_BYTES = 2**30
 COMMAND_BYTES = 2**16
 
@@ -29,23 +29,28 @@ COMMAND_BYTES = 2**16
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     root = Path(sys.argv[2])
+    closed_by = sandbox.Layers(*(name in sys.argv[3:] for name in LAYERS))
     sandbox.die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     sys.path[:] = [p for p in sys.path if p not in ("", str(root))]
-    readable = readable_places(root)
+    readable = namespace.readable_places(root)
     warm_up()
     while True:
         data, descriptors, _, _ = socket.recv_fds(control, COMMAND_BYTES, 1)
         if not data:
             os._exit(0)
         command = json.loads(data)
-        reply = carry_out(command, descriptors, control, readable)
+        reply = carry_out(command, descriptors, control, readable, closed_by)
         control.sendall(json.dumps(reply).encode() + b"\n")
 
 
 def carry_out(
-    command: dict[str, Any], descriptors: list[int], control: socket.socket, readable: list[Path]
+    command: dict[str, Any],
+    descriptors: list[int],
+    control: socket.socket,
+    readable: list[Path],
+    closed_by: sandbox.Layers,
 ) -> Any:
     """'import' modules, 'fork' a worker on a descriptor, or 'end' one."""
     if command["do"] == "import":
@@ -55,20 +60,20 @@ def carry_out(
         child = os.fork()
         if child == 0:
             control.close()
-            confined_worker(descriptors[0], readable, command["is_trusted"])
+            confined_worker(descriptors[0], readable, closed_by)
         os.close(descriptors[0])
         return child
     os.kill(command["process"], signal.SIGKILL)
     return os.waitpid(command["process"], 0)[1]
 
 
-def confined_worker(descriptor: int, readable: list[Path], is_trusted: bool) -> None:
+def confined_worker(descriptor: int, readable: list[Path], closed_by: sandbox.Layers) -> None:
     """Lock this process up and serve one submission; never returns."""
     try:
         sandbox.die_with_parent()
         silence(descriptor)
-        if not is_trusted:
-            sandbox.enter(readable, memory_bytes=MEMORY_BYTES)
+        if closed_by:
+            sandbox.enter(readable, closed_by, memory_bytes=MEMORY_BYTES)
         answers.serve(descriptor)
     finally:
         os._exit(1)
@@ -96,20 +101,6 @@ def warm_up() -> None:
     leaf = torch.ones(2, 2, requires_grad=True)
     (leaf @ leaf).relu().sum().backward()
     torch.utils.data  # noqa: B018
-
-
-def readable_places(root: Path) -> list[Path]:
-    """The interpreter, its libraries, and the course's library; nobody's answers, no grader."""
-    paths = sysconfig.get_paths()
-    places: list[str | Path] = [
-        paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")
-    ]
-    places += [sys.prefix, sys.base_prefix, root / "reference", "/usr/lib", "/usr/lib64", "/lib",
-               "/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache",
-               "/etc/localtime", "/dev/null", "/dev/zero", "/dev/urandom"]  # fmt: skip
-    found = {Path(p).resolve() for p in places}
-    # /usr as a prefix would open more than libraries.
-    return sorted(p for p in found if p not in (Path("/"), Path("/usr"), root, *root.parents))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What a process may still do once an answer runs in it: compute, and talk over one socket.
 
-Landlock (kernel 5.13) closes the file system but for the libraries that it reads; a seccomp filter
-refuses sockets, new processes, signals to others, other namespaces and what outlives a process;
-resource limits bound memory, files and threads. None needs root, and all hold for good.
+A seccomp filter refuses sockets, new processes, signals to others, files to write, other namespaces
+and what outlives a process; resource limits bound memory, files and threads. What it may read is
+closed by Landlock (kernel 5.13), by bubblewrap's namespaces (see namespace.py), or by both. None
+needs root, and all hold for good.
 """
 
 import ctypes
@@ -11,7 +12,10 @@ import platform
 import resource
 import struct
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+from autograder.isolation import namespace
 
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
@@ -47,11 +51,19 @@ REFUSED = {
     "chown": (92, -1), "fchown": (93, 55), "fchownat": (260, 54), "utimensat": (280, 88),
     "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "flock": (73, 32),
     "setuid": (105, 146), "setgid": (106, 144), "inotify_init1": (294, 26),
+    "creat": (85, -1), "mkdir": (83, -1), "mkdirat": (258, 34), "mknod": (133, -1),
+    "mknodat": (259, 33), "rename": (82, -1), "renameat": (264, 38), "renameat2": (316, 276),
+    "link": (86, -1), "linkat": (265, 37), "symlink": (88, -1), "symlinkat": (266, 36),
+    "unlink": (87, -1), "unlinkat": (263, 35), "rmdir": (84, -1), "truncate": (76, 45),
 }  # fmt: skip
+# Of these the flags say whether anything is written.
+OPEN, OPENAT, OPENAT2 = (2, -1), (257, 56), (437, 437)
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CLONE, CLONE3, TGKILL = (56, 220), (435, 435), (234, 131)
 CLONE_THREAD = 0x00010000
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-EPERM, ENOSYS = 1, 38
+EPERM, EACCES, ENOSYS = 1, 13, 38
+NOBODY = 65534
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -60,17 +72,48 @@ class NoSandbox(RuntimeError):
     """This machine cannot isolate a process; the message says why."""
 
 
+@dataclass(frozen=True)
+class Layers:
+    """What closes the file system to a worker. `other_user` leaves it to the files' modes."""
+
+    landlock: bool
+    bubblewrap: bool
+    other_user: bool = False
+
+    def __bool__(self) -> bool:
+        return self.landlock or self.bubblewrap or self.other_user
+
+
+def layers() -> Layers:
+    """What this machine has."""
+    return Layers(landlock_version() >= 1, namespace.works())
+
+
 def unavailable() -> str:
     """Why there can be no sandbox here; '' where there can.
 
     The kernel is asked, nothing is changed.
     """
+    if reason := _no_filter():
+        return reason
+    if not layers():
+        return (
+            "what an answer reads cannot be closed: the kernel has no Landlock (5.13 or later, "
+            "with 'landlock' among its lsm=), and bubblewrap (bwrap) is absent or not allowed"
+        )
+    return ""
+
+
+def can_change_user() -> bool:
+    """Whether workers can run as nobody: for root, where files are closed to others."""
+    return not _no_filter() and os.geteuid() == 0
+
+
+def _no_filter() -> str:
     if not sys.platform.startswith("linux"):
-        return f"the sandbox needs Linux (Landlock and seccomp); this is {platform.system()}"
+        return f"the sandbox needs Linux (seccomp, Landlock); this is {platform.system()}"
     if platform.machine() not in ARCHITECTURES:
         return f"no list of system calls for {platform.machine()}: x86_64 and aarch64 have one"
-    if landlock_version() < 1:
-        return "the kernel has no Landlock (5.13 or later, with 'landlock' among its lsm=)"
     if _libc.prctl(21, 0, 0, 0, 0) < 0:  # PR_GET_SECCOMP
         return "the kernel has no seccomp"
     return ""
@@ -81,18 +124,24 @@ def landlock_version() -> int:
     return int(_libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
 
 
-def enter(readable: list[Path], *, memory_bytes: int) -> None:
+def enter(readable: list[Path], closed_by: Layers, *, memory_bytes: int) -> None:
     """Confine this process for good: only `readable` can be read, nothing written.
 
-    The process has one thread. `memory_bytes` is what it may map beyond what it has mapped.
-    Raises: NoSandbox where a step fails; the caller must not run an answer then.
+    The process has one thread, and is inside of bubblewrap already where `closed_by` has it.
+    `memory_bytes` is what it may map beyond what it has mapped. Raises: NoSandbox where a step
+    fails; the caller must not run an answer then.
     """
-    if reason := unavailable():
+    if not closed_by:
+        raise NoSandbox("nothing closes the file system")
+    if reason := _no_filter():
         raise NoSandbox(reason)
     _limit(memory_bytes)
+    if closed_by.other_user:
+        become_nobody()
     _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     _check(_libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
-    _close_files(readable)
+    if closed_by.landlock:
+        _close_files(readable)
     drop_powers()
     _filter_calls()
 
@@ -100,6 +149,13 @@ def enter(readable: list[Path], *, memory_bytes: int) -> None:
 def die_with_parent() -> None:
     """Let the kernel kill this process when its parent ends."""
     _libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
+
+
+def become_nobody() -> None:
+    """Leave root's rights to files behind, for good."""
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 def drop_powers() -> None:
@@ -149,7 +205,7 @@ def _close_files(readable: list[Path]) -> None:
 
 
 def _filter_calls() -> None:
-    """A classic BPF program: kill foreign architectures, refuse the listed calls."""
+    """A classic BPF program: kill foreign architectures, refuse the listed calls and writing."""
     column, architecture = ARCHITECTURES[platform.machine()]
     errno = 0x00050000  # SECCOMP_RET_ERRNO
     kill, allow = 0x80000000, 0x7FFF0000
@@ -158,10 +214,16 @@ def _filter_calls() -> None:
         (load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill),
         (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (give, 0, 0, kill),
     ]  # fmt: skip
-    # clone: threads pass, processes do not. clone3 hides its flags behind a pointer: absent.
+    # clone: threads pass, processes do not. clone3 and openat2 hide their flags behind a pointer:
+    # absent.
     program += [(equal, 0, 3, CLONE[column]), (load, 0, 0, 16), (any_bit, 1, 0, CLONE_THREAD),
                 (give, 0, 0, errno | EPERM), (load, 0, 0, 0)]  # fmt: skip
-    program += [(equal, 0, 1, CLONE3[column]), (give, 0, 0, errno | ENOSYS)]
+    for hidden in (CLONE3, OPENAT2):
+        program += [(equal, 0, 1, hidden[column]), (give, 0, 0, errno | ENOSYS)]
+    for call, flags in ((OPEN, 24), (OPENAT, 32)):  # where seccomp finds the flags
+        if call[column] >= 0:
+            program += [(equal, 0, 4, call[column]), (load, 0, 0, flags), (any_bit, 0, 1, WRITES),
+                        (give, 0, 0, errno | EACCES), (load, 0, 0, 0)]  # fmt: skip
     # A process may signal its own threads (abort does).
     program += [(equal, 0, 3, TGKILL[column]), (load, 0, 0, 16), (equal, 1, 0, os.getpid()),
                 (give, 0, 0, errno | EPERM), (load, 0, 0, 0)]  # fmt: skip

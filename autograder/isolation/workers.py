@@ -8,26 +8,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from autograder.isolation import sandbox
+from autograder.isolation import namespace, sandbox
 from autograder.isolation.channel import Channel
 
 
 class Workers:
     """Forks workers from one host process, and ends them. Use as a context manager.
 
-    Raises: NoSandbox, unless `is_trusted`, where this machine cannot confine a process.
+    `layers` close the file system to them, by default all that this machine has; trusted ones are
+    not confined. Raises: NoSandbox, unless `is_trusted`, where there are none.
     """
 
-    def __init__(self, root: Path, *, is_trusted: bool = False) -> None:
-        if not is_trusted and (reason := sandbox.unavailable()):
-            raise sandbox.NoSandbox(reason)
-        self._is_trusted = is_trusted
+    def __init__(
+        self, root: Path, *, is_trusted: bool = False, layers: sandbox.Layers | None = None
+    ) -> None:
+        if is_trusted:
+            layers = sandbox.Layers(False, False)
+        elif layers is None:
+            if reason := sandbox.unavailable():
+                raise sandbox.NoSandbox(reason)
+            layers = sandbox.layers()
         ours, theirs = socket.socketpair()
         self._control = ours
         package = str(Path(__file__).parents[2])
+        command = [sys.executable, "-s", "-m", "autograder.isolation.host", str(theirs.fileno()),
+                   str(root), *(name for name, is_on in vars(layers).items() if is_on)]  # fmt: skip
+        if layers.bubblewrap:
+            command = namespace.inside(command, self._places(root, Path(package)))
         self._host = subprocess.Popen(
-            [sys.executable, "-s", "-m", "autograder.isolation.host", str(theirs.fileno()), root],
-            pass_fds=[theirs.fileno()], env=clean_environment(package), cwd=root,
+            command, pass_fds=[theirs.fileno()], env=clean_environment(package), cwd=root,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         theirs.close()
@@ -38,6 +47,12 @@ class Workers:
 
     def __exit__(self, *error: Any) -> None:
         self.close()
+
+    @staticmethod
+    def _places(root: Path, package: Path) -> list[Path]:
+        """What the host itself needs; its workers are left with less where Landlock closes more."""
+        python = Path(sys.executable)
+        return [*namespace.readable_places(root), python, python.resolve(), package / "autograder"]
 
     @property
     def pid(self) -> int:
@@ -50,8 +65,7 @@ class Workers:
     def start(self) -> tuple[int, Channel]:
         """A fresh worker and the channel to it."""
         ours, theirs = socket.socketpair()
-        request = {"do": "fork", "is_trusted": self._is_trusted}
-        process = self._command(request, [theirs.fileno()])
+        process = self._command({"do": "fork"}, [theirs.fileno()])
         theirs.close()
         channel = Channel(ours.detach())
         self._processes[process] = channel
@@ -76,7 +90,10 @@ class Workers:
         socket.send_fds(self._control, [data], descriptors or [])
         reply = b""
         while not reply.endswith(b"\n"):
-            part = self._control.recv(65536)
+            try:
+                part = self._control.recv(65536)
+            except ConnectionError:
+                part = b""
             if not part:
                 raise RuntimeError(f"the host of the workers ended, status {self._host.wait()}")
             reply += part

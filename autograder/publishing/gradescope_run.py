@@ -1,10 +1,12 @@
 """What run_autograder calls: grade /autograder/submission, write results.json whatever happens.
 
-The answer's code runs in processes of its own, confined where the container's kernel allows it; the
-verdict is decided outside of them in any case.
+The answer's code runs in confined processes, and the verdict is decided outside of them. Where the
+container's kernel can close nothing, but the harness is root, as on Gradescope, graders and results
+are closed to all others and the answer runs as nobody.
 """
 
 import json
+import os
 import secrets
 import sys
 import traceback
@@ -28,6 +30,17 @@ def main(submission: Path, results: Path, stems: list[str]) -> None:
     write_whole(results, text)
 
 
+def grader_of(root: Path) -> IsolatedGrader:
+    """A grader that confines answers as well as this container can."""
+    if not sandbox.unavailable():
+        return IsolatedGrader(root)
+    if not sandbox.can_change_user():
+        return IsolatedGrader(root, is_trusted=True)
+    for name in ("tests", "misconceptions", "autograder"):
+        os.chmod(root / name, 0o700)
+    return IsolatedGrader(root, layers=sandbox.Layers(False, False, other_user=True))
+
+
 def graded(submission: Path, stems: list[str]) -> str:
     """The text of results.json."""
     found = {s.chapter: s for s in find_submissions(submission.parent, stems)
@@ -35,7 +48,7 @@ def graded(submission: Path, stems: list[str]) -> str:
     problems = [f"{s.problem}" for s in found.values() if s.problem]
     problems += [f"{stem}.py was not handed in" for stem in stems if stem not in found]
     results = []
-    with IsolatedGrader(find_root(), is_trusted=bool(sandbox.unavailable())) as grader:
+    with grader_of(find_root()) as grader:
         for stem, one in found.items():
             if not one.problem:
                 results += grader.grade(stem, one.text, seed=secrets.randbelow(2**31))

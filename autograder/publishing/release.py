@@ -27,22 +27,35 @@ AUTHORS = "## For instructors and authors"
 DATE = "2000-01-01T00:00:00+00:00"
 
 WORKFLOW = """\
-# GitHub Classroom: grade each push and show the points.
-name: grade
+# GitHub Classroom: grade each push, show the points to the student and on the teacher's page. The
+# names of this workflow and its job are those that GitHub Classroom looks for. Graders lie in the
+# student's own repository: for marks, run `python -m autograder class` on what was handed in.
+name: Autograding Tests
 on: [push, workflow_dispatch]
+permissions:
+  checks: write
+  actions: read
+  contents: read
 jobs:
-  grade:
+  run-autograding-tests:
     runs-on: ubuntu-latest
+    if: github.actor != 'github-classroom[bot]'
     timeout-minutes: 60
     steps:
       - uses: actions/checkout@v4
       - uses: actions/setup-python@v5
         with: {python-version: "3.11", cache: pip, cache-dependency-path: constraints.txt}
       - run: python -m pip install --quiet -c constraints.txt -e .
-      - run: python -m autograder --junit points.xml || true
+      - id: course
+        run: python -m autograder --classroom "$GITHUB_OUTPUT" --junit points.xml || test $? = 1
       - if: always()
         uses: actions/upload-artifact@v4
         with: {name: points, path: points.xml}
+      - uses: classroom-resources/autograding-grading-reporter@v1
+        env:
+          COURSE_RESULTS: "${{ steps.course.outputs.result }}"
+        with:
+          runners: course
 """
 
 MAKEFILE = """\

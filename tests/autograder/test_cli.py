@@ -1,5 +1,6 @@
 """`python -m autograder`: exit statuses, names, reports."""
 
+import base64
 import contextlib
 import json
 import os
@@ -139,3 +140,18 @@ def test_untouched_repair_is_not_reported_as_a_mistake(course, answer, capsys):
     assert "not repaired" in everything and "untouched" not in everything
     main(["mean_pool"])
     assert "untouched" in capsys.readouterr().out
+
+
+def test_tells_github_classrooms_reporter_the_points(course, answer, tmp_path):
+    """In the form that its action reads: $GITHUB_OUTPUT has result=, base64 of JSON."""
+    answer("def mean_pool(x):\n    return x.sum(1)")
+    output = tmp_path / "github_output"
+    output.write_text("earlier=1\n")
+    assert main(["--classroom", str(output)]) == 1
+    earlier, line = output.read_text().splitlines()
+    assert earlier == "earlier=1" and line.startswith("result=")
+    told = json.loads(base64.b64decode(line.removeprefix("result=")))
+    assert told["status"] == "fail" and told["max_score"] == 5
+    assert sum(test["score"] for test in told["tests"]) == 3
+    assert [test["status"] for test in told["tests"]] == ["fail", "pass", "pass"]
+    assert "You added the steps up" in told["tests"][0]["message"]

@@ -7,14 +7,24 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+from autograder.isolation import sandbox
+from autograder.publishing import gradescope_run
 from autograder.publishing.gradescope import main as gradescope
 from autograder.publishing.gradescope import write_archive
-from autograder.publishing.release import CannotPublish, main, release, without_alternatives
+from autograder.publishing.release import (
+    CannotPublish,
+    main,
+    release,
+    without_alternatives,
+    write_files,
+)
 from autograder.workspace import chapter_stems, find_root, load_chapter
 
 ROOT = find_root(Path(__file__).parent)
@@ -99,6 +109,20 @@ def test_students_work_in_a_release(released, tmp_path):
     assert not (course / "autograder/classroom").exists()
 
 
+def test_github_classroom_gets_the_points(released):
+    """Workflow and job have the names that it looks for; the reporter finds the grader's result."""
+    workflow = yaml.safe_load((released / ".github/workflows/classroom.yml").read_text())
+    assert workflow["name"] == "Autograding Tests"
+    steps = workflow["jobs"]["run-autograding-tests"]["steps"]
+    grading = next(step for step in steps if step.get("id"))
+    assert '--classroom "$GITHUB_OUTPUT"' in grading["run"]
+    reporter = next(s for s in steps if "autograding-grading-reporter" in s.get("uses", ""))
+    runner = reporter["with"]["runners"]
+    assert runner == grading["id"]
+    result = reporter["env"][f"{runner.upper()}_RESULTS"]
+    assert result == f"${{{{ steps.{runner}.outputs.result }}}}"
+
+
 def test_catalogues_keep_every_misconception(released):
     for stem in chapter_stems(ROOT):
         ours, theirs = load_chapter(ROOT, stem), load_chapter(released, stem)
@@ -163,6 +187,37 @@ def test_gradescopes_harness(tmp_path_factory):
     assert right["score"] == 55 == sum(t["max_score"] for t in right["tests"])
     answers.write_text("import os\nos._exit(0)\n")
     assert graded()["score"] == 0
+
+
+@pytest.mark.skipif(not sandbox.can_change_user(), reason="needs root")
+def test_where_gradescopes_kernel_closes_nothing_answers_run_as_nobody(monkeypatch):
+    """They can compute, but read no grader and write no results."""
+    monkeypatch.setattr(sandbox, "layers", lambda: sandbox.Layers(False, False))
+    reads = (ROOT / "solutions/start_here.py").read_text() + (
+        "\nimport pathlib\n"
+        "def mean_pool(hidden, is_real):\n"
+        "    raise ValueError(pathlib.Path({path!r}).read_text()[:60])\n"
+    )
+    with tempfile.TemporaryDirectory() as home:
+        course = Path(home) / "source"
+        course.mkdir()
+        os.chmod(home, 0o755)
+        write_files(ROOT, course)
+        with gradescope_run.grader_of(course) as grader:
+            right = grader.grade("start_here", (ROOT / "solutions/start_here.py").read_bytes())
+            assert all(r.earned == r.points for r in right)
+            for path, told in (
+                ("tests/exercises/test_start_here.py", "PermissionError"),
+                ("misconceptions/start_here.py", "PermissionError"),
+                ("README.md", "# LLM systems"),
+            ):
+                text = reads.format(path=str(course / path)).encode()
+                (result,) = grader.grade("start_here", text)
+                assert result.earned == 0 and told in repr(result), path
+    monkeypatch.setattr(sandbox, "can_change_user", lambda: False)
+    with gradescope_run.grader_of(ROOT) as grader:
+        (result,) = grader.grade("start_here", (ROOT / "solutions/start_here.py").read_bytes())
+        assert result.earned == result.points
 
 
 def test_gradescope_rejects_an_unknown_chapter(monkeypatch, capsys, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from autograder.isolation import remote, sandbox
 from autograder.isolation.grading import IsolatedGrader
+from autograder.isolation.sandbox import Layers
 from tests.autograder.isolation import attacks
 
 SECRET = "secret-word-4711"
@@ -60,16 +61,19 @@ def listener():
         thread.join()
 
 
-def _children(pid):
-    found = []
+def _descendants(pid):
+    children = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (OSError, IndexError):
                 continue
-            if parent == pid:
-                found.append(int(entry.name))
+            children.setdefault(parent, set()).add(int(entry.name))
+    found, waiting = set(), {pid}
+    while waiting:
+        waiting = set().union(*(children.get(p, ()) for p in waiting))
+        found |= waiting
     return found
 
 
@@ -85,7 +89,32 @@ def _graded(grader, code):
     return sum(r.earned for r in results), results
 
 
+ALL_LAYERS = sandbox.layers()
+# One layer at a time closes the file system as well, and the attacks on it are tried on each.
+ALONE = [
+    pytest.param(
+        layers,
+        marks=pytest.mark.skipif(not is_there, reason="not on this machine"),
+        id=next(name for name, is_on in vars(layers).items() if is_on),
+    )
+    for layers, is_there in (
+        (Layers(True, False), ALL_LAYERS.landlock),
+        (Layers(False, True), ALL_LAYERS.bubblewrap),
+        (Layers(False, False, other_user=True), sandbox.can_change_user()),
+    )
+]
+
+
 def test_no_attack_does_more_than_the_honest_wrong_answer(target, listener):
+    _attack(attacks.ALL, target, listener, ALL_LAYERS)
+
+
+@pytest.mark.parametrize("layers", ALONE)
+def test_each_layer_alone_holds_against_readers_writers_and_talkers(target, listener, layers):
+    _attack(attacks.READERS | attacks.WRITERS | attacks.TALKERS, target, listener, layers)
+
+
+def _attack(tried, target, listener, layers):
     course, outside, secret = target
     port, heard = listener
     marker = str(os.getpid())
@@ -93,20 +122,16 @@ def test_no_attack_does_more_than_the_honest_wrong_answer(target, listener):
                   marker=marker)  # fmt: skip
     before = _snapshot(outside), _snapshot(course)
     shared = set(os.listdir("/dev/shm")), Path("/proc/sysvipc/shm").read_text()
-    with IsolatedGrader(course) as grader:
+    temporary = {name for name in os.listdir("/tmp") if "answer" in name}
+    with IsolatedGrader(course, layers=layers) as grader:
         honest, _ = _graded(grader, attacks.WRONG)
         assert honest == 1
+        quiet = _descendants(grader.workers.pid)
         failures = []
-        for name, code in attacks.ALL.items():
+        for name, code in tried.items():
             start = time.monotonic()
-            try:
-                text = attacks.WRONG + (
-                    code if name in attacks.FORGERIES else _filled(code, places)
-                )
-                results = grader.grade("toy", text.encode())
-            except BaseException as error:  # the batch would have stopped
-                failures.append(f"{name}: stopped the grader: {error!r}")
-                raise
+            text = attacks.WRONG + (code if name in attacks.FORGERIES else _filled(code, places))
+            results = grader.grade("toy", text.encode())  # an error here would stop the batch
             earned = sum(r.earned for r in results)
             if earned > honest:
                 failures.append(f"{name}: earned {earned}, an honest wrong answer {honest}")
@@ -114,13 +139,14 @@ def test_no_attack_does_more_than_the_honest_wrong_answer(target, listener):
                 failures.append(f"{name}: read a secret")
             if time.monotonic() - start > 30:
                 failures.append(f"{name}: took {time.monotonic() - start:.0f} s")
-            if left := _children(grader.workers.pid):
+            if left := _descendants(grader.workers.pid) - quiet:
                 failures.append(f"{name}: left processes {left}")
             assert _graded(grader, attacks.WRONG)[0] == honest, name
     assert not failures
     assert (_snapshot(outside), _snapshot(course)) == before
     assert not heard
     assert (set(os.listdir("/dev/shm")), Path("/proc/sysvipc/shm").read_text()) == shared
+    assert {name for name in os.listdir("/tmp") if "answer" in name} == temporary
     assert not _running(f"61.{marker}")
 
 
