@@ -10,6 +10,10 @@
 # bit for bit.
 #
 # You need: chapter 11 (collectives, DDP); chapter 10 helps (why 16 bytes a parameter).
+#
+# <!-- notes: 75 minutes: 40 for sections 1 to 6, 35 for 7 to 12. Sections 13 to 15 are for reading;
+# keep two minutes for the summary. Start with the question "What for?" and let it stand. Write 2 +
+# 2 + 12 on the board and leave it there: every stage crosses out a part of it. -->
 
 # %% [markdown] slideshow={"slide_type": "skip"}
 # > **Low-resource box.** One CPU core and 2 GB of memory are enough; ranks are simulated. The slow
@@ -78,7 +82,9 @@ def table(*rows):
 # **Question.** A small Llama in bfloat16 with AdamW in float32, trained data-parallel on a page of
 # English. The batch is divided among 1, 2 or 8 ranks. What does each rank hold?
 #
-# <!-- notes: let them sketch the curve of memory over N before the cell runs. Most draw 1/N. -->
+# <!-- notes: Five minutes. Let them sketch the curve of memory over N before the cell runs. Most
+# draw 1/N, since the batch is divided. Ask what of the 16 bytes depends on the batch: nothing.
+# Activations do, and this table does not count them; promise section 11. -->
 
 # %% slideshow={"slide_type": "skip"}
 CONFIG = LlamaConfig(
@@ -107,7 +113,7 @@ def rows_of(comm):
     return tokens.chunk(comm.size)[comm.rank]
 
 
-# %% slideshow={"slide_type": "subslide"}
+# %% slideshow={"slide_type": "skip"}
 def two_steps(comm, stage, **options):
     """What the rank holds between backward and step, and what it sends in a step."""
     model = new_model(torch.bfloat16)
@@ -122,6 +128,7 @@ def two_steps(comm, stage, **options):
     return held, comm.traffic.total().wire_bytes, comm.memory.use.peak
 
 
+# %% slideshow={"slide_type": "fragment"}
 num_parameters = sum(p.numel() for p in new_model().parameters())
 held = {n: run(n, two_steps, 0).results[0][0] for n in (1, 2, 8)}
 table(("ranks", *STATES, "bytes a parameter"),
@@ -146,7 +153,11 @@ table(("ranks", *STATES, "bytes a parameter"),
 # | 2 | and gradients | $2P + (2 + 12)P/N$ |
 # | 3 | and parameters | $(2 + 2 + 12)P/N$ |
 #
-# Now from the ledgers, not from the formula: the same Llama, four ranks, stages 0 to 2.
+# Now from the ledgers, not from the formula: the same Llama, four ranks, stages 0 to 3.
+#
+# <!-- notes: Six minutes. Before the figure, have them put N = 4 into the four rows: 16, 7, 5.5, 4.
+# Ask why the optimizer's states go first: they are 12 of the 16 bytes, and only the step reads
+# them. N to infinity gives the floors 4, 2 and 0 of section 11. -->
 
 # %% slideshow={"slide_type": "skip"}
 found = {stage: run(4, two_steps, stage).results[0] for stage in (0, 1, 2)}
@@ -194,6 +205,10 @@ for stage in (0, 1, 2, 3):
 # gradient, 8 of Adam) and makes the 16-bit copy when it gathers. The same 16 bytes, divided by 4.
 #
 # **Exercise.** `zero_memory`
+#
+# <!-- notes: Somebody will ask why blue is as wide as orange at stage 3. Wait for the answer: 4 + 4
+# + 8 in place of 2 + 2 + 12. The narrow strip of stage 2 has no number; ask for it (0.5). The
+# exercise comes in the laboratory, 8 minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 check("zero_memory")
@@ -204,6 +219,12 @@ check("zero_memory")
 # **Question.** Adam's update of element 17 needs the gradient of element 17, its momentum, its
 # variance. What does a rank that updates only elements 0 to 9 have to know?
 #
+# <!-- notes: Eight minutes with the next page. Wait for "ten of each, and nothing else": Adam is
+# elementwise, so a part needs no neighbour. In the figure the cut between ranks 0 and 1 goes
+# through o, the next one through gate. Nobody minds: the optimizer sees a vector. Section 15 says
+# which optimizers do mind. -->
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # Parameters are laid end to end in one vector, padded to a multiple of N. Where a matrix ends and
 # where a rank's part ends have nothing to do with each other.
 
@@ -230,6 +251,10 @@ print(f"{layout.numel:,} elements, {layout.padded_numel - layout.numel} of paddi
 # The step of stage 1: reduce-scatter the gradients (each rank gets the mean of its part, and
 # nothing else), update the part, all-gather the new parameters. An all-reduce *is* a reduce-scatter
 # and an all-gather, so the traffic is DDP's.
+#
+# <!-- notes: Ask for the traffic of stage 1 before the lines appear; a common guess is "more,
+# parameters travel too". It is 0.75 + 0.75 in place of 1.50, with N = 4. Chapter 11 built the ring
+# of exactly these two halves. -->
 
 # %% slideshow={"slide_type": "fragment"}
 for stage in (0, 1):
@@ -241,6 +266,9 @@ for stage in (0, 1):
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # **Exercise.** `zero1_step`: values, the momentum and the traffic are graded. An all-reduce of
 # which you throw three quarters away gives the right values.
+#
+# <!-- notes: In the laboratory, 20 minutes, the longest of the day. Who all-reduces passes the
+# values and fails the traffic: let it happen. -->
 
 # %% slideshow={"slide_type": "skip"}
 check("zero1_step")
@@ -251,6 +279,11 @@ check("zero1_step")
 # **Question.** At stage 1 a rank uses a part of the gradients, but holds them all. Why not throw
 # the rest away?
 #
+# <!-- notes: Six minutes. The wrong answer is "because others need them": then ask in which form.
+# Only in the sum. Draw backward as an arrow from the last layer to the first and mark a bucket on
+# it that is complete while the arrow still runs. -->
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # They must be reduced first, and backward makes them from the last layer to the first. So: when all
 # gradients of a bucket are there, reduce-scatter the bucket and free it, while backward goes on.
 
@@ -263,7 +296,7 @@ def gradients_over_time(comm, stage):
     zero.reduce_gradients()
 
 
-fig, ax = plt.subplots()
+fig, ax = plt.subplots(figsize=(9, 3.1))
 most = {}
 for stage, colour in ((1, "vermilion"), (2, "blue")):
     samples = run(
@@ -290,17 +323,24 @@ assert most[2] < 0.7 * most[1]
 # one be under way at a time.
 #
 # A myth: "stage 2 shards the parameters as well". Look at the bars of section 2: they are whole.
+#
+# <!-- notes: Point at the two tops: 1010 kB at stage 1, 524 at stage 2. Half, not a quarter: ask
+# where the rest of the saving went: into the humps, buckets of 131 kB on their way. Stage 1 stands
+# above 871 for the same reason. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 5. Stage 3: borrow, compute, forget
 #
 # **Question.** A rank computes with whole matrices. How can it not have them?
 #
+# <!-- notes: Nine minutes with the next pages. The title is the whole of FSDP in three words. Let
+# somebody say in which order the six steps of one block come. Then ask what the price is, take
+# guesses, and leave it open until section 10. -->
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # It has them for a moment. Each block's parameters are gathered when its forward begins and
 # forgotten when it ends; gathered again for its backward, whose gradient is reduced, scattered and
 # forgotten. At any time one block is whole.
-#
-# <!-- notes: the whole of FSDP in three words. Ask what the price is before showing section 10. -->
 
 
 # %% slideshow={"slide_type": "subslide"}
@@ -314,7 +354,7 @@ def one_step(comm, **options):
     return before, comm.memory.use.peak["communication_buffers"], comm.now_seconds - before
 
 
-fig, ax = plt.subplots()
+fig, ax = plt.subplots(figsize=(9, 3.2))
 for keep, colour in ((True, "vermilion"), (False, "blue")):
     done = run(
         4,
@@ -333,7 +373,7 @@ for keep, colour in ((True, "vermilion"), (False, "blue")):
 ax.axhline(4 * num_parameters / 1e3, color="0.5", lw=1, ls="--")
 ax.text(5, 4 * num_parameters / 1e3 - 10, "the whole model", va="top", color="0.35")
 ax.text(185, 800, "kept after forward", color=style.COLOURS["vermilion"])
-ax.text(20, 260, "forgotten", color=style.COLOURS["blue"])
+ax.text(20, 215, "forgotten", color=style.COLOURS["blue"])
 ax.set(xlabel="virtual time of one step (µs)", ylabel="gathered parameters (kB)", ylim=(0, 950))
 plt.show()
 
@@ -343,12 +383,20 @@ plt.show()
 # the next is fetched ahead (section 6).
 #
 # Kept (`reshard_after_forward=False`): the memory of whole parameters, and the traffic of stage 2.
+#
+# <!-- notes: Let them find where backward begins: after the dip at 135 microseconds, where the
+# root's unit is alone. The plateau before it is the root and one block. Four blocks save little;
+# ask what a hundred would do: the dashed line goes up, the blue one stays. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **How autograd plays along.** A node stands between the part and the layer: forward it gathers,
 # backward it reduces and scatters. And one trap: autograd *saves* the weight for the backward pass,
 # and what is saved is not free. Our FSDP replaces saved views by notes ("elements 10 to 20 of unit
 # 3"), and the first note that backward reads brings the unit back.
+#
+# <!-- notes: Ask before the numbers appear: the layer gathered, computed, and dropped its
+# reference. Is the memory free? Most say yes. Six weights of 16,384 bytes are 98,304: all of them
+# are still there. Values are right, memory is not; only a ledger finds this. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -388,6 +436,9 @@ for forgets in (False, True):
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # **Exercise.** `ShardedLinear`: one layer of FSDP. The grader looks at values, at traffic and at
 # what you hold between forward and backward.
+#
+# <!-- notes: At home, 30 minutes. Say that the trap of this slide is the third thing that is
+# graded. -->
 
 # %% slideshow={"slide_type": "skip"}
 check("ShardedLinear")
@@ -399,6 +450,16 @@ check("ShardedLinear")
 # waits while it computes. What would you start when?
 #
 # On a clock with round numbers (10 GB/s, 1 TFLOP/s): six layers, forward and backward.
+#
+# <!-- notes: Six minutes. Draw two rows on the board, compute and network, and let the room place
+# the first three gathers. Somebody says "start all gathers at once": that is the whole model in
+# memory again. Ask for the least that helps: one unit ahead. -->
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# - **post**: the next unit's all-gather starts when this unit's gradient is computed. It travels
+#   while the gradient's reduce-scatter waits behind it.
+# - **pre**: it starts *before* this unit's gradient is computed. Two units are whole at once.
+# - **forward**: the order of the last step says who comes next.
 
 # %% slideshow={"slide_type": "skip"}
 LAYERS, WIDTH, BATCH = 6, 256, 256
@@ -456,14 +517,14 @@ times = [done.results[0][1] for done in runs.values()]
 assert times == sorted(times, reverse=True)
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# - **post**: the next unit's all-gather starts when this unit's gradient is computed. It travels
-#   while the gradient's reduce-scatter waits behind it.
-# - **pre**: it starts *before* this unit's gradient is computed. Two units are whole at once.
-# - **forward**: the order of the last step says who comes next.
-#
 # Time for memory, a unit at a time.
 #
 # **Exercise.** `prefetched_forward`: the clock and the memory ledger grade it.
+#
+# <!-- notes: From 1012 to 672 microseconds, from 1.25 to 2.25 units. Ask what still stands at the
+# right end of the last row: the last reduce-scatter has nothing to hide behind.
+# `prefetched_forward` is for home, 25 minutes. End of the first part; section 7 takes up what
+# sharding does to everything else. -->
 
 # %% slideshow={"slide_type": "skip"}
 check("prefetched_forward")
@@ -473,9 +534,14 @@ check("prefetched_forward")
 #
 # **Question.** Gradients are to be clipped to norm 1. Each rank holds a quarter of them. Each clips
 # its quarter to norm 1?
+#
+# <!-- notes: Five minutes. Ask for hands: is it the same update, a shorter one, or another
+# direction? "Shorter" usually wins. It is another direction: ranks 0 and 2 (norms 2.167 and 1.315)
+# are clipped, ranks 1 and 3 are below 1 and stay as they are. Let them add the four squares: 2.626
+# squared. -->
 
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 def norms(comm):
     model = new_model()
     fsdp = FSDP(model, comm, model.layers)
@@ -485,6 +551,7 @@ def norms(comm):
     return mine, clip_shards([part.clone() for part in parts], 1.0, comm).item()
 
 
+# %% slideshow={"slide_type": "fragment"}
 alone = new_model()
 loss_of(alone, tokens).backward()
 truth = nn.utils.clip_grad_norm_(alone.parameters(), 1.0).item()
@@ -506,6 +573,11 @@ check("clip_sharded")
 # **Question.** Inside a node the network is ten times as fast as between nodes. FSDP over all GPUs
 # gathers each layer through the slow network twice a step. If the model fits on one node?
 #
+# <!-- notes: Six minutes. Draw two boxes of four ranks. Ask what must cross in any case: something
+# of the gradient, since both nodes saw other rows. How little? A rank's part, not the whole. Ask
+# for the price, too: each node holds a full copy, in parts. -->
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # Shard within the node, replicate between nodes (HSDP): all-gathers stay inside, and only a rank's
 # *part* of the gradient crosses, in a small all-reduce.
 
@@ -520,21 +592,21 @@ def hybrid(comm, shards):
 
 
 two_nodes = dataclasses.replace(CLASSROOM, ranks_per_node=4)
-fig, axes = plt.subplots(1, 2, figsize=(9, 4.2))
+fig, axes = plt.subplots(1, 2, figsize=(9, 2.9))
 crossing, taken = {}, {}
 for ax, (name, shards) in zip(axes, {"full shard": 8, "hybrid": 4}.items(), strict=True):
     done = run(8, lambda comm, s=shards: hybrid(comm, s), hardware=two_nodes)
     matrix = torch.tensor(done.trace.traffic_matrix()) / (4 * num_parameters)
     crossing[name] = (matrix[:4, 4:].sum() + matrix[4:, :4].sum()).item()
     taken[name] = done.trace.seconds
-    image = ax.imshow(matrix, vmin=0, vmax=2.7, cmap="cividis")
+    image = ax.imshow(matrix, vmin=0, vmax=2.7, cmap="cividis", aspect="auto")
     ax.axhline(3.5, color="white")
     ax.axvline(3.5, color="white")
     ax.set(title=name, xlabel="to rank", ylabel="from rank", xticks=range(8), yticks=range(8))
     ax.grid(visible=False)
 fig.colorbar(image, ax=axes, label="elements sent / P", shrink=0.8)
 plt.show()
-print("between the nodes, all ranks:", {k: f"{v:.2f} P" for k, v in crossing.items()})
+print("between the nodes, all ranks:", ", ".join(f"{k} {v:.2f} P" for k, v in crossing.items()))
 print(f"time of the step: hybrid / full = {taken['hybrid'] / taken['full shard']:.2f}")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
@@ -542,6 +614,10 @@ print(f"time of the step: hybrid / full = {taken['hybrid'] / taken['full shard']
 # sharding keeps the bulk inside, and four pairs of ranks share what is left.
 #
 # **Exercise.** `hybrid_reduce`
+#
+# <!-- notes: Read one matrix aloud: row is the sender. Left, two bright boxes lie across the white
+# lines, 3 to 4 and 7 to 0. Right, eight dark blue ones. 4.99 P against 2.00 P, and the step takes
+# 0.47 of the time. The exercise is for home, 15 minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 check("hybrid_reduce")
@@ -552,11 +628,16 @@ check("hybrid_reduce")
 # **Question.** Four ranks saved their parts. One machine is gone: three ranks come back. Who reads
 # what?
 #
+# <!-- notes: Four minutes. Draw a line of 12 elements, cut in four above and in three below. Let
+# them say which files the new rank 1 opens: two. Then ask what else must be resharded with the
+# weights: Adam's states, which people forget, and the step. -->
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # The vector is the same; the cuts are not. A rank that needs elements $[a, b)$ reads them from
 # whichever files have them.
 
 
-# %% slideshow={"slide_type": "subslide"}
+# %% slideshow={"slide_type": "fragment"}
 def train(comm, folder, num_steps, resume=False):
     model = new_model()
     fsdp = FSDP(model, comm, model.layers)
@@ -590,6 +671,9 @@ print("4 ranks, then 3 ranks:  ", *(f"{loss:.3f}" for loss in before + after))
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # **Exercise.** `reshard`: mind the padding of N ranks, which is not that of M.
+#
+# <!-- notes: Compare the two rows of losses from the fifth number on: 3 ranks go on as if nothing
+# had happened. For home, 12 minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 check("reshard")
@@ -598,17 +682,23 @@ check("reshard")
 # ## 10. What it costs in traffic
 #
 # **Question.** "FSDP communicates less than DDP, because each rank holds less." Count.
+#
+# <!-- notes: Five minutes. Vote: less, the same, more. Let them count on the board, in units of P
+# and for large N: one reduce-scatter, and how many all-gathers? Two, for forward and for backward:
+# 3 P beside 2 P. With N = 4 all numbers carry a factor 3/4. -->
+
+# %% slideshow={"slide_type": "skip"}
+done = run(4, fsdp_states, is_measured=False)  # its ledger starts anew with the second step
+gathers, reduces = (
+    done.trace.total(rank=0, operation=operation) for operation in ("all_gather", "reduce_scatter")
+)
+elements = gathers.wire_bytes / 2 + reduces.wire_bytes / 2
 
 # %% slideshow={"slide_type": "fragment"}
 table(("stage", "counted / P", "formula / P"),
       *((stage, found[stage][1] / (2 if stage < 3 else 1) / num_parameters,
          elements_sent(num_parameters, 4, stage) / num_parameters)
         for stage in (0, 1, 2)))  # fmt: skip
-done = run(4, fsdp_states, is_measured=False)  # its ledger starts anew with the second step
-gathers, reduces = (
-    done.trace.total(rank=0, operation=operation) for operation in ("all_gather", "reduce_scatter")
-)
-elements = gathers.wire_bytes / 2 + reduces.wire_bytes / 2
 print(f"FSDP: gathers {gathers.wire_bytes / 2 / num_parameters:.2f} P, reduces "
       f"{reduces.wire_bytes / 2 / num_parameters:.2f} P; formula "
       f"{elements_sent(num_parameters, 4, 3) / num_parameters:.2f} P")  # fmt: skip
@@ -623,9 +713,14 @@ print(f"FSDP: gathers {gathers.wire_bytes / 2 / num_parameters:.2f} P, reduces "
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **Question.** Gradient accumulation: four micro-batches, then one step. Which stages get their
 # communication for less?
+#
+# <!-- notes: Four minutes. Many think all three, since "the step communicates once". Ask at stage 2
+# who holds the sum of four micro-batches' gradients: nobody has room for it. Then let them predict
+# 3.75: four reduce-scatters and one gather, each 0.75. `elements_per_step` is for the laboratory,
+# 12 minutes. -->
 
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 def accumulated(comm, stage, num_micro):
     model = new_model()
     zero = Zero(model, comm, stage, torch.optim.AdamW)
@@ -636,6 +731,7 @@ def accumulated(comm, stage, num_micro):
     return comm.traffic.total().wire_bytes / 4 / num_parameters
 
 
+# %% slideshow={"slide_type": "fragment"}
 table(("micro-batches", 1, 2, 4), *(
     (f"stage {stage}: elements / P",
      *(run(4, accumulated, stage, m, is_measured=False).results[0] for m in (1, 2, 4)))
@@ -655,9 +751,13 @@ check("elements_per_step")
 #
 # **Question.** 7.5 billion parameters, 64 GPUs of 80 GB. Which stage? And if a micro-batch's
 # activations take 60 GB?
+#
+# <!-- notes: Seven minutes with offload. Let pairs compute stage 1 at N = 64 first: 30 + 90/64,
+# about 31.4 GB. So with small activations stage 1 will do, and costs nothing. With 60 GB of
+# activations 20 are left: stage 2 (16.6 GB) fits barely, stage 3 easily. -->
 
-# %% slideshow={"slide_type": "fragment"}
-fig, ax = plt.subplots(figsize=(8.4, 4.4))
+# %% slideshow={"slide_type": "subslide"}
+fig, ax = plt.subplots(figsize=(9, 3.5))
 ranks = [2**i for i in range(11)]
 for stage, colour in zip(range(4), ("black", "vermilion", "orange", "blue"), strict=True):
     sizes = [model_states_bytes(7.5e9, n, stage).total / 1e9 for n in ranks]
@@ -677,6 +777,10 @@ plt.show()
 # 15), and tensor parallelism (chapter 13).
 #
 # **Exercise.** `choose_stage`
+#
+# <!-- notes: Both axes are logarithmic: the black line and the floors are flat, stage 3 alone goes
+# on. Ask which of the four curves a thousand GPUs help. `choose_stage` is for the laboratory, 10
+# minutes: the least stage that fits, not the highest. -->
 
 # %% slideshow={"slide_type": "skip"}
 check("choose_stage")
@@ -684,14 +788,19 @@ check("choose_stage")
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **Offload.** The host has ten times the memory, behind a slow link. ZeRO-Offload keeps masters and
 # Adam's states there: gradients go down, updated parameters come up, nothing else moves.
+#
+# <!-- notes: Ask what crosses the host's link: 0.5 bytes of gradient down, 0.5 of parameter up, a
+# parameter and rank. Not the 12 of the optimizer, which is why it works at all. The price on this
+# clock: 998 microseconds in place of 523. -->
 
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 def offloaded(comm, offload):
     held = two_steps(comm, 2, offload=offload)[0]
     return held, comm.traffic.total(group="host").wire_bytes, comm.now_seconds
 
 
+# %% slideshow={"slide_type": "fragment"}
 rows = [("stage 2", *STATES, "host", "host link", "time")]
 for offload in (False, True):
     held, link, seconds = run(4, offloaded, offload, hardware=CLASSROOM).results[0]
@@ -706,9 +815,14 @@ print("(bytes a parameter on each of 4 ranks, between backward and step)")
 #
 # **Question.** FSDP gathers in bfloat16 and keeps float32 parts. In which dtype should gradients be
 # *reduced*?
+#
+# <!-- notes: Four minutes. Chapter 10's answer is "sums in float32", and most repeat it. Let them
+# guess the error first: 0.5 % in either case comes from computing in 16 bits, the sum over 8 ranks
+# adds 0.1. The bytes fall from 1,466,192 to 1,085,280. So the rule is about large N, not about this
+# run. -->
 
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 def gradient_error(comm, param_dtype, reduce_dtype):
     model = new_model()
     precision = MixedPrecision(param_dtype, reduce_dtype)
@@ -718,6 +832,7 @@ def gradient_error(comm, param_dtype, reduce_dtype):
     return torch.cat([shard.grad for shard in fsdp.shards]), comm.traffic.total().wire_bytes
 
 
+# %% slideshow={"slide_type": "fragment"}
 half, full = torch.bfloat16, torch.float32
 exact = run(8, gradient_error, full, full, is_measured=False).results
 rows = [("parameters", "reduction", "error of the gradient", "bytes sent")]
@@ -738,6 +853,10 @@ table(*rows)
 #
 # Two real processes, gloo between them: PyTorch's `fully_shard` and ours train the same Llama on
 # the same rows.
+#
+# <!-- notes: For reading, or two minutes. "Bit for bit" is stronger than a tolerance: the same sums
+# in the same order, 39 tensors of 39 after three steps of AdamW. Ask what one would have to match
+# for that: units, dtypes, the order of reductions. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -777,6 +896,12 @@ print("bytes sent on simulated ranks and on real processes:", int(simulated), in
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 14. Published figures, recomputed
+#
+# Each row: what a paper prints, and what the functions of this chapter give.
+#
+# <!-- notes: For reading. In class take one row: ZeRO's figure 1 is the board's 2 + 2 + 12 with 7.5
+# billion and N = 64. If somebody likes detective work, the last row: 60 GB and 33 GB for the same
+# activations; one of them counts elements. -->
 
 # %% slideshow={"slide_type": "fragment"}
 GB, TIB = 1e9, 2.0**40
@@ -812,6 +937,10 @@ table(
 # %% [markdown] slideshow={"slide_type": "slide"}
 # Llama-3.1-405B on one rank of 16,384: tensors have shapes and no values, and everything is counted
 # as ever.
+#
+# <!-- notes: The bridge to the next three chapters. Let them guess which of the numbers forbids it:
+# 396 MB of states look like victory. Then 416 GB of activations for one row, and 21.2 GB gathered,
+# beside an 80 GB GPU. No stage cuts a row, or a layer while it computes. -->
 
 # %% slideshow={"slide_type": "fragment"}
 NUM_LAYERS = 126
@@ -859,6 +988,10 @@ print(f"sent in a step: {sent / GB:,.0f} GB")
 # - **Clipping by `clip_grad_norm_`** on parts clips by each rank's own norm (section 7).
 # - **One giant unit** (no wrapping) gathers the whole model at once: FSDP without its savings.
 # - **Weights read between steps** are not there. Ours are on the meta device then, and say so:
+#
+# <!-- notes: For reading, or the last five minutes of the laboratory. Ask which of these raise an
+# error: only the last one. The first is the nastiest, since a flat part has a norm, too, just not
+# that of a matrix. -->
 
 
 # %% slideshow={"slide_type": "fragment"} tags=["raises-exception"]
@@ -872,6 +1005,10 @@ try:
     run(2, peeks)
 except RuntimeError as error:
     print(type(error).__name__, "-", str(error).split("\n")[0][:90])
+
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# And the giant unit, on the ledger: a model in one unit, or a unit a block.
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -902,3 +1039,8 @@ for wrapped in (False, True):
 # **Further reading.** Rajbhandari et al. 2020, *ZeRO* (arXiv 1910.02054); Zhao et al. 2023,
 # *PyTorch FSDP* (arXiv 2304.11277); Ren et al. 2021, *ZeRO-Offload* (arXiv 2101.06840);
 # Rajbhandari et al. 2021, *ZeRO-Infinity* (arXiv 2104.07857).
+#
+# <!-- notes: Students should be able to fill in 16 bytes and 2 P, 2 P, 2 P, 3 P for each stage
+# without looking, and to say why stage 2 and accumulation do not go together. Close with the last
+# line: no stage shards activations. Chapter 13 divides the matrix product itself, and most
+# activations with it. -->
