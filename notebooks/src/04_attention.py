@@ -6,14 +6,17 @@
 # the answers. You will build it, mask it, differentiate it by hand, share its heads, count what it
 # costs, and see what the heads of a trained model do with it.
 #
+# You need matrix products and the softmax. Chapter 03 (positions) helps but is not required.
+#
+# <!-- notes: Lecture of 75 minutes: 40 for sections 1 to 6, 35 for 7 to 12; sections 13 to 15 are
+# for home and for the discussion. Ask first who has written a softmax over scores before. Say that
+# all experiments run on one trained model of 135 million parameters, and that every guess will be
+# checked. -->
+
+# %% [markdown] slideshow={"slide_type": "skip"}
 # > **Low-resource box.** The notebook runs in under half a minute on one CPU core; most of it is
 # > section 1, fifteen passes of a 135M-parameter model over 128 tokens. Shorten `windows` to shrink
 # > it. No GPU is used, and nothing is downloaded while it runs.
-#
-# You need matrix products and the softmax. Chapter 03 (positions) helps but is not required.
-#
-# <!-- notes: Plan 80 minutes. Sections 2 to 4 are the lecture, 7 and 12 are the systems part; 9
-# can be homework. Section 1 is the hook: let students guess the curve before you show it. -->
 
 # %% slideshow={"slide_type": "skip"}
 import math
@@ -45,6 +48,10 @@ style.use()
 # **Before you run the cell:** how much context does the model need until its loss is within 10 %
 # of that with full sight? And what would you expect from also leaving the very *first* token
 # visible?
+#
+# <!-- notes: Five minutes. Draw the axes, loss against window, and let three students draw their
+# curve. Expect one that falls steeply and is flat from 16 on, and for the second question: the
+# first token changes nothing. Keep that line on the board until section 11. -->
 
 # %% slideshow={"slide_type": "skip"}
 NUM_TOKENS = 128
@@ -104,8 +111,9 @@ for label, losses in sight.items():
 # enough, and 16 beat 64 without it. Nobody designed that. Section 11 finds the heads that do it;
 # by then you will have built all that is needed to see why.
 #
-# <!-- notes: The second curve is the finding of StreamingLLM (arXiv 2309.17453), "attention
-# sinks". Do not explain it yet. -->
+# <!-- notes: The second curve is the finding of StreamingLLM (arXiv 2309.17453), attention sinks.
+# Do not explain it yet; collect guesses. "The first word is the subject" is the usual one, and
+# section 11 refutes it. Point at 16 with the first token, 4.3 nats, against 64 without, 4.5. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 2. Scores, softmax, weighted sum
@@ -117,7 +125,10 @@ for label, losses in sight.items():
 # Here is one lookup of the trained model, a single query in one head: at the second *John* of a
 # sentence, which earlier words does it read? Step through it.
 #
-# <!-- notes: in a live notebook the film strip is a slider; let it play while you talk. -->
+# <!-- notes: Nine minutes for the section. In a live notebook the film strip is a slider; let it
+# play while you talk. Ask before step 3 how many bars must vanish, and after step 4 where the mass
+# went: 0.83 to the first John, 0.14 to Mary. The output is nearly one row of v; that is a lookup.
+# -->
 
 # %% slideshow={"slide_type": "skip"}
 SENTENCE = (
@@ -172,7 +183,7 @@ print(
     "query:", repr(words[query]), " q", tuple(q.shape), " k", tuple(k.shape), " v", tuple(v.shape)
 )
 
-# %% slideshow={"slide_type": "slide"}
+# %% slideshow={"slide_type": "subslide"}
 row_q, row_k, row_v = q[0, head, query], k[0, head // 3], v[0, head // 3]
 products = row_k @ row_q
 scores = products / math.sqrt(config.head_dim)
@@ -196,7 +207,8 @@ def draw_lookup(figure, step):
         stack = torch.cat([row_v * weights[:, None], output[None]])[:, :24]
         limit = float(output[:24].abs().max())
         image = axis.imshow(stack, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
-        axis.set_yticks(range(len(words) + 1), [*words, "sum"], fontsize=10)
+        marked = [0, earlier, query]
+        axis.set_yticks([*marked, len(words)], [*(words[i] for i in marked), "sum"])
         axis.axhline(len(words) - 0.5, color="black", lw=1)
         axis.set_xlabel("column of the head (first 24 of 64)")
         axis.grid(False)
@@ -206,12 +218,12 @@ def draw_lookup(figure, step):
     axis.bar(range(len(words)), values.masked_fill(hidden, 0).tolist())
     for s in hidden.nonzero().flatten().tolist():
         axis.text(s, 0, " -inf", rotation=90, ha="center", va="bottom", fontsize=11, color="C1")
-    axis.set_xticks(range(len(words)), words, rotation=65, ha="right", fontsize=11)
+    axis.set_xticks(range(len(words)), words, rotation=65, ha="right", fontsize=12)
     axis.set_xlabel("key")
     axis.set_ylabel(label)
 
 
-Stepper(steps, draw_lookup, strip=[0, 2, 3, 4], size=(6.4, 4.4))
+Stepper(steps, draw_lookup, strip=[0, 2, 3, 4], size=(6.4, 3.4))
 
 # %% slideshow={"slide_type": "skip"}
 top = weights.topk(3)
@@ -226,17 +238,26 @@ print("shares sum to", round(float(weights.sum()), 4))
 # $q$ is $(T, d)$, $k$ is $(S, d)$, $v$ is $(S, d_v)$; $P$ is $(T, S)$ and each row of it sums to
 # one. (Attention is all you need, arXiv 1706.03762, eq. 1.) The reference is this, with batch and
 # heads in front:
+#
+# <!-- notes: Write the shapes under each letter and have the room say the shape of P before you do.
+# Only P is T times S; underline it, it is what chapter 07 refuses to store. The mask is added, so a
+# hidden pair gets minus infinity and not zero: section 4. -->
 
 # %% slideshow={"slide_type": "fragment"}
 ours = A.scaled_dot_product_attention(q, k, v, A.causal_mask(len(words)))
 print("the row above:", torch.allclose(ours[0, head, query], output, atol=1e-5))
 print("output", tuple(ours.shape))
 
-# %% [markdown] slideshow={"slide_type": "fragment"}
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # Two consequences are worth a moment, since everything later rests on them. The output is an
 # *average* of values: it can never leave the range that the values span. And nothing in the
 # formula knows where a key stands: sort the keys differently, with their values, and nothing
 # changes.
+#
+# <!-- notes: Ask for a proof of each in one sentence: shares are positive and sum to one; a sum has
+# no order. Then ask what follows for a sentence whose words are shuffled. Leave it open, section 10
+# runs it. A student who objects that words do have an order is right, and has found the need for
+# chapter 03. -->
 
 # %% slideshow={"slide_type": "fragment"}
 order = torch.randperm(len(words))
@@ -262,8 +283,9 @@ check("scaled_dot_product_attention")
 # independent with mean 0 and variance 1, their product has mean 0 and variance $d$. Is that so,
 # and would it matter?
 #
-# <!-- notes: do the one-line proof on the board: a sum of d independent products, each of mean 0
-# and variance 1. Then ask what a softmax does with numbers of size 32. -->
+# <!-- notes: Eight minutes. Do the one-line proof on the board: a sum of d independent products,
+# each of mean 0 and variance 1. Then ask what a softmax does with numbers of size 32, which is the
+# root of 1024. Let them guess the entropy in bits before the figure; even over 128 keys is 7. -->
 
 # %% slideshow={"slide_type": "skip"}
 generator = torch.Generator().manual_seed(0)
@@ -308,7 +330,7 @@ for name, height, slope_height in (
     axes[0].text(1024, height, f"scale {name}", color=color, ha="right")
     axes[1].text(1024, slope_height, f"scale {name}", color=color, ha="right")
 axes[0].set_ylabel("entropy of the softmax (bits)")
-axes[1].set_ylabel("sum of P(1 - P): slope of the softmax")
+axes[1].set_ylabel("slope: sum of P(1 - P)")
 axes[0].set_ylim(0, 7.8)
 axes[1].set_ylim(0, 1.08)
 for axis in axes:
@@ -329,6 +351,10 @@ for name in scales:
 # **The width that counts is the head's.** Multi-head code has two widths at hand, and
 # $\sqrt{\text{hidden}}$ is a mistake that never crashes: with 9 heads all scores are 3 times too
 # small. What does a *trained* model say? Take its own $q$ and $k$ and change only the scale.
+#
+# <!-- notes: The green curve is the trap: 1/d has the best slope and says nothing. So a large
+# gradient alone is not the aim. Ask which of the two mistakes would be noticed in training first.
+# Before the next figure let them say what a trained head should look like at factor 8. -->
 
 # %% slideshow={"slide_type": "skip"}
 passage_inputs = layer_inputs(tokens)
@@ -346,7 +372,7 @@ real = {factor: torch.cat(values) for factor, values in real.items()}
 score_spread = torch.cat(score_spread)
 
 # %% slideshow={"slide_type": "fragment"}
-figure, axis = plt.subplots(figsize=(8, 4))
+figure, axis = plt.subplots(figsize=(11, 3.7))
 axis.boxplot([x.tolist() for x in real.values()], whis=(5, 95), showfliers=False,
              medianprops={"color": "C1", "lw": 2.5})  # fmt: skip
 names = ["1/8\n(that is 1/d)", "1/3\n(sqrt(hidden))", "1\n(sqrt(d))", "3", "8\n(no scale)"]
@@ -355,8 +381,7 @@ axis.set_xlabel("factor on the trained scale 1/sqrt(64)")
 axis.set_ylabel("entropy (bits)")
 axis.set_title("270 heads of SmolLM2: median, quartiles, 5 % and 95 %")
 plt.show()
-for factor, values in real.items():
-    print(f"factor {factor:5.2f}: median entropy {values.median():.1f} bits")
+print("median entropy, bits:", *(f"{values.median():.1f}" for values in real.values()))
 print(f"spread of the trained scores: median {score_spread.median():.1f}, from "
       f"{score_spread.min():.1f} to {score_spread.max():.1f} (1 for random q and k)")  # fmt: skip
 
@@ -364,6 +389,10 @@ print(f"spread of the trained scores: median {score_spread.median():.1f}, from "
 # The footnote describes a model at its *first* step. A trained head has left variance 1 behind,
 # nearly always upwards, because training chose how sharp it should be. The scale is a fair start,
 # not a law of trained weights; what it fixes is that heads of every width start alike.
+#
+# <!-- notes: Spread of the trained scores: median 2.5, up to 7.2, where the footnote says 1. So the
+# answer to "is the assumption true" is yes at the start and no later, and both are fine. If time is
+# short, this is the page to drop. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 4. Masks
@@ -371,8 +400,10 @@ print(f"spread of the trained scores: median {score_spread.median():.1f}, from "
 # A mask says who may read whom, and in this course it is boolean: `True` where a query **sees** a
 # key. Each condition is simple, and they combine with `&`.
 #
-# <!-- notes: ask who has used which library and what True meant there. There will be a quarrel.
-# -->
+# <!-- notes: Nine minutes for masks. Ask who has used which library and what True meant there;
+# there will be a quarrel. Cover the last panel and have somebody draw window and documents
+# combined; the count goes from 42 and 50 to 30. Why is the padding mask not triangular? It hides
+# keys, not pairs. -->
 
 # %% slideshow={"slide_type": "fragment"}
 documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2]])
@@ -389,7 +420,7 @@ named = {
 
 def draw_mask(axis, mask, title):
     axis.imshow(mask, cmap="Blues", vmin=-0.3, vmax=1.6, aspect="equal")
-    axis.set_title(title, fontsize=11)
+    axis.set_title(title)
     axis.set_xticks(range(0, mask.shape[1], 4))
     axis.set_yticks(range(0, mask.shape[0], 4 if mask.shape[0] > 6 else 1))
     axis.set_xticks([s - 0.5 for s in range(mask.shape[1])], minor=True)
@@ -405,7 +436,8 @@ for axis, (title, mask) in zip(axes, named.items(), strict=True):
     draw_mask(axis, mask, title)
 axes[0].set_ylabel("query")
 plt.show()
-print({title: int(mask.sum()) for title, mask in named.items()}, "pairs of", length**2)
+pairs = [int(mask.sum()) for mask in named.values()]
+print(f"pairs seen of {length**2}, from left to right:", pairs)
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # **Boolean or additive?** Libraries take both: `True`/`False`, or numbers that are added to the
@@ -413,6 +445,10 @@ print({title: int(mask.sum()) for title, mask in named.items()}, "pairs of", len
 # `F.scaled_dot_product_attention` and here `True` means seen, in `nn.MultiheadAttention` `True`
 # means hidden. Integer masks of ones and zeros, as tokenizers return them, are refused here,
 # because adding them hides nothing.
+#
+# <!-- notes: The error message is the point: a mask of integers would be added, 0 and 1, and hide
+# nothing, without an error. Ask what the loss would do: it gets impossibly low, for the future is
+# visible. Both forms are equal bit for bit. -->
 
 # %% slideshow={"slide_type": "fragment"}
 q4, k4, v4 = (torch.randn(1, 2, length, 8, generator=generator) for _ in range(3))
@@ -430,6 +466,11 @@ except TypeError as error:
 # rows no longer sum to one, and worse: by how much they fall short depends on the hidden keys. A
 # causal model leaks its future. Let query 3 find just what it looks for, at a key that it must not
 # see:
+#
+# <!-- notes: Let the room vote whether the order matters, since the hidden entries are zero both
+# ways. Then the numbers: the row sums to 0.17, and a key that must not be seen changes it by 0.16.
+# Renormalising the row would repair the sum; ask whether it repairs the leak as well. It does: that
+# is masking before. -->
 
 # %% slideshow={"slide_type": "fragment"}
 changed = k4.clone()
@@ -446,6 +487,10 @@ for name, masked_weights in (
 # **A row that sees nothing.** Padding on the left and a causal mask leave the first queries
 # without any key. The formula asks for the average of nothing, and implementations answer
 # differently:
+#
+# <!-- notes: Have them write a guess beside each of the five lines before you go on: NaN, zeros, a
+# mean. Then ask when such rows occur in practice: padding on the left, and every batch of prompts
+# has it. -->
 
 # %% slideshow={"slide_type": "fragment"}
 empty_first = torch.ones(3, 3, dtype=torch.bool).tril(-1)
@@ -460,6 +505,8 @@ answers = {
     "F.scaled_dot_product_attention 2.13": F.scaled_dot_product_attention(x3, x3, x3, empty_first),
     "the reference": A.scaled_dot_product_attention(x3, x3, x3, empty_first),
 }
+
+# %% slideshow={"slide_type": "fragment"}
 mean = x3[0, 0].mean(0)
 for name, answer in answers.items():
     first = answer.detach().reshape(-1, 3, 4)[0, 0]
@@ -473,6 +520,11 @@ for name, answer in answers.items():
 # mean of hidden values is silent and wrong. Zeros say "nothing was read". They must hold in
 # backward too: replacing NaN afterwards leaves NaN in the gradient. The reference lets an empty
 # row see everything for a moment and zeroes it after the softmax.
+#
+# <!-- notes: The first two give NaN, the third the mean of what must not be seen. Take the NaN
+# further: 0 times NaN is NaN, so a weight of zero does not protect the next layer. The repair by
+# nan_to_num after the softmax is what somebody will propose; the gradient still holds NaN. Exercise
+# masked_softmax is this slide. -->
 
 # %% [markdown] slideshow={"slide_type": "skip"}
 # ### Exercises: `decoder_mask` and `masked_softmax`
@@ -497,8 +549,9 @@ check("masked_softmax")
 # Dropout is blind: it draws a random mask and looks at no value. "Dropout zeroes negative values"
 # is a description of ReLU.
 #
-# <!-- notes: the claim circulates in study notes; ask for a test that would refute it before you
-# show this one. -->
+# <!-- notes: Three minutes. The claim that dropout zeroes negative values circulates in study
+# notes; ask for a test that would refute it before you show this one. 0.299 of both signs, against
+# 0 and 1 for ReLU, settles it. -->
 
 # %% slideshow={"slide_type": "fragment"}
 real_p = A.attention_weights(q, k, A.causal_mask(len(words)))
@@ -513,6 +566,10 @@ print(f"mean of |x| before {values.abs().mean():.3f} and after {dropped.abs().me
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # Does it matter *where* the mask falls? Zeroing **scores** is another thing: a score of zero still
 # gets $e^0$ of the sum. On the trained head of section 2, averaged over many masks:
+#
+# <!-- notes: Ask for the mean before the output: a share of 0.826 stays on probabilities, and falls
+# to 0.616 on scores. Reason on the board: a score of zero is not no score, it is weight one before
+# the division. The same sentence comes back in chapter 06 for empty cache rows. -->
 
 # %% slideshow={"slide_type": "fragment"}
 draws = 4000
@@ -545,8 +602,9 @@ print(f"dropout on scores:        mean {on_scores[:, earlier].mean():.3f}, "
 # before positions: `view(B, T, H, d).transpose(1, 2)`. A view straight to `(B, H, T, d)` has the
 # same shape and is wrong: it cuts *positions*. Number the entries of $x$ by token to see it.
 #
-# <!-- notes: have somebody write both expressions on the board and predict head 0 of each for 4
-# tokens, 2 heads of width 3. -->
+# <!-- notes: Six minutes. Have somebody write both expressions on the board and predict head 0 of
+# each for 4 tokens, 2 heads of width 3. The wrong view gives positions 0 0 1 1: head 0 would see
+# only half of the text, head 1 the rest. Both have the same shape, so no error comes. -->
 
 # %% slideshow={"slide_type": "fragment"}
 T, H, d = 4, 2, 3
@@ -564,7 +622,7 @@ for axis, table, title in (
         for c in range(table.shape[1]):
             color = "black" if table[t, c] > 1 else "white"
             axis.text(c, t, int(table[t, c]), ha="center", va="center", color=color)
-    axis.set_title(title, fontsize=11)
+    axis.set_title(title)
     axis.set_xticks(range(table.shape[1]))
     axis.set_yticks(range(T))
     axis.grid(False)
@@ -578,6 +636,11 @@ print("tokens at positions 0 ... 3 of head 0:", right[0][:, 0].tolist(), " by vi
 # **What $W_O$ is for.** Joined heads times $W_O$ is a *sum* over heads, each through its own block
 # of rows of $W_O$. Without $W_O$, head 0 could only ever write to the first 64 columns of the
 # stream, head 1 to the next 64. How far does a trained layer depart from that?
+#
+# <!-- notes: Ask what is lost if one leaves it out, since the stream has the right width without
+# it. Usual answer: parameters. Better: heads could not write where they want. Measured, 0.12 of
+# head 0's output lands in its own 64 columns, where an even spread gives 0.11: the trained layer
+# uses all of them. -->
 
 # %% slideshow={"slide_type": "fragment"}
 layer = our_layer(8)
@@ -604,6 +667,10 @@ print(f"share of head 0's output that lands in the first 64 of 576 columns: {own
 # `rotate` maps $q$ and $k$ to their positions (chapter 03), `cache.update(k, v, layer)` returns
 # all keys and values so far (chapter 06; `transformers.DynamicCache` fits), `attend(q, k, v,
 # mask)` may be any kernel (chapter 07).
+#
+# <!-- notes: One minute, as a map of the course: rotate is chapter 03, cache chapter 06, attend
+# chapter 07. The layer stays as it is in all of them. MultiHeadAttention is for the laboratory,
+# twelve minutes. Forty minutes should have passed by here. -->
 
 # %% slideshow={"slide_type": "fragment"}
 rotate = rotation(0, len(words))
@@ -631,8 +698,9 @@ check("MultiHeadAttention")
 # share one key/value head: all of them (**MQA**, 1911.02150), or groups of $G = H/K$ (**GQA**,
 # 2305.13245). $K = H$ is the plain multi-head form.
 #
-# <!-- notes: question for the room: with 9 query heads and 3 key/value heads, which key head does
-# query head 4 read? Both answers (1 and 1) agree there; ask for head 1 next (0 or 1). -->
+# <!-- notes: Six minutes for the section. Question for the room: with 9 query heads and 3 key/value
+# heads, which key head does query head 4 read? Both rules agree there, on 1; ask for head 1 next, 0
+# or 1. Write both patterns down before the next cell. -->
 
 # %% slideshow={"slide_type": "fragment"}
 figure, axes = plt.subplots(1, 3, figsize=(11, 2.6), layout="constrained")
@@ -645,7 +713,7 @@ for axis, (name, kv_heads) in zip(
         axis.plot([h, position], [1, 0], color=f"C{h // group % 2}", lw=1.5)
         axis.plot(h, 1, "o", color=f"C{h // group % 2}", ms=11)
         axis.plot(position, 0, "s", color=f"C{h // group % 2}", ms=11)
-    axis.set_title(f"{name}: {kv_heads} key/value head{'s' * (kv_heads > 1)}", fontsize=11)
+    axis.set_title(f"{name}: {kv_heads} key/value head{'s' * (kv_heads > 1)}", fontsize=12)
     axis.set_yticks([0, 1], ["key/value", "query"])
     axis.set_xticks(range(9))
     axis.set_xlabel("query head")
@@ -658,6 +726,10 @@ print("query head -> key/value head (GQA):", {h: h // 3 for h in range(9)})
 # **Neighbours share.** Query heads 0, 1, 2 read key/value head 0: the pattern is 0 0 0 1 1 1 2 2
 # 2, `repeat_interleave`. `repeat` gives 0 1 2 0 1 2 0 1 2, the same shape, and runs. Load a
 # trained checkpoint into code with that slip and see what the model still knows:
+#
+# <!-- notes: Have them guess the loss with the slip. Many say a little worse. It is 12.9, above the
+# 10.8 of an even guess: the model is sure and wrong. It loads without an error, so the page of
+# known text after each conversion is the only alarm. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -679,7 +751,16 @@ print(f"loss with repeat_interleave {full_sight:.1f}, with repeat {with_repeat:.
 #
 # $$Z_{bkgts} = \textstyle\sum_d q_{bkgtd}\, k_{bksd}$$
 #
+# <!-- notes: On the board: 9 query rows against 3 key matrices, as 3 products of a 3-row block
+# each. Ask which bytes the repeated form writes and how many: keys and values, 9.4 MB each, where
+# 3.1 MB each are there. -->
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # One token against a cache of 4,096, with an eye on what is allocated:
+#
+# <!-- notes: Read the two columns with the room: the largest new buffer of the grouped form is the
+# scores, 147,456 bytes = 9 heads times 4,096 keys times 4 bytes. The exercise watches allocations,
+# so a copy that is equal in values fails. -->
 
 # %% slideshow={"slide_type": "fragment"}
 q1 = torch.randn(1, 9, 1, 64, generator=generator)
@@ -711,6 +792,10 @@ check("grouped_query_attention")
 #
 # *Cross-attention*: queries from a text being written, keys and values from another sequence, such
 # as the sentence to translate. No causal mask, since the other sequence is all there.
+#
+# <!-- notes: Five minutes for the section. Ask for the shapes of the output and of P before the
+# run: three queries, seven keys. Why no causal mask? The source is complete before the first word
+# is written. Padding still needs hiding, and the second line shows that it is. -->
 
 # %% slideshow={"slide_type": "fragment"}
 cross = A.Attention(32, num_heads=4)
@@ -730,8 +815,9 @@ print("padding of the source makes no difference:", torch.allclose(out[1:], alon
 # everything (**bottom-right**). `F.scaled_dot_product_attention(is_causal=True)` puts query $t$ at
 # position $t$ (**top-left**).
 #
-# <!-- notes: the most expensive bug of this chapter: training is right, generation is nonsense.
-# -->
+# <!-- notes: The most expensive bug of this chapter: training is right, generation is nonsense. Ask
+# where three new queries stand among eight keys, and let somebody shade both masks. Under top-left
+# the first new token sees the oldest one alone, as the second printed line says. -->
 
 # %% slideshow={"slide_type": "fragment"}
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
@@ -748,9 +834,14 @@ print(
     "its first query returns just the oldest value:", torch.allclose(torchs[0, 0, 0], k8[0, 0, 0])
 )
 
-# %% [markdown] slideshow={"slide_type": "fragment"}
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # With the right alignment a sequence may go through the layer in pieces. Here the trained layer
 # reads the sentence in three, through transformers' own cache:
+#
+# <!-- notes: Ask before the run what must be passed for the second piece besides its ten or fewer
+# tokens: its positions and a mask of new queries by all keys. The cache holds 3 heads, not 9.
+# attend_with_cache in the laboratory has two faults of this slide; chapter 06 takes the cache up.
+# -->
 
 # %% slideshow={"slide_type": "fragment"}
 cache, pieces = DynamicCache(), []
@@ -789,8 +880,9 @@ check("attend_with_cache")
 # each row loses its own mean, weighted by its own probabilities. Hence adding a constant to a row
 # of $dP$ changes nothing, as adding one to the scores did not.
 #
-# <!-- notes: only the middle line needs the board. Close with the question which of these
-# matrices must be kept; chapter 07 keeps none of them. -->
+# <!-- notes: Seven minutes. Only the middle line needs the board: write the row's derivative for
+# two entries and let them see the mean appear. Close with the question which of these matrices must
+# be kept: P is, dZ is not. Chapter 07 keeps none of them. -->
 
 # %% slideshow={"slide_type": "fragment"}
 q9, k9, v9 = (t.double().requires_grad_() for t in (q, k, v))
@@ -804,10 +896,14 @@ for name, a, e in zip("qkv", by_hand, by_autograd, strict=True):
 small = [t[:, :, :3, :4].detach().requires_grad_() for t in (q9, k9, v9)]
 print("gradcheck:", torch.autograd.gradcheck(A.AttentionFunction.apply, (*small, mask[:3, :3])))
 
-# %% [markdown] slideshow={"slide_type": "fragment"}
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # Two remarks for later. A key/value head that serves three query heads *adds up* three gradients,
 # which is why `grad_k` has 3 heads and not 9. And $\mathrm{rowsum}(P \circ dP)$ equals
 # $\mathrm{rowsum}(dO \circ O)$, a number per query that needs neither $P$ nor $dP$:
+#
+# <!-- notes: The identity is three lines on the board: insert O = P v and dP = dO v^T and exchange
+# the sums. Say why it matters: rowsum(dO o O) is one number a query and needs no row of P. Chapter
+# 07 calls it D. attention_backward is for home. -->
 
 # %% slideshow={"slide_type": "fragment"}
 p9 = A.attention_weights(q9, k9, mask).detach()
@@ -828,6 +924,10 @@ check("attention_backward")
 #
 # Section 2 sorted the keys and nothing changed. So for one layer a sentence is a *bag* of words,
 # unless positions are put in. Take the trained first layer and swap words before the last one:
+#
+# <!-- notes: Four minutes for the section. Refer to the line with the shuffled keys in section 2.
+# Without positions the change is 0.000, exactly; with RoPE 0.063. Ask why the last token is left in
+# its place: it is the query, and its own content would change the answer. -->
 
 # %% slideshow={"slide_type": "fragment"}
 first, x0 = our_layer(0), inputs[0]
@@ -846,9 +946,11 @@ for name, turn in (("without positions", None), ("with RoPE", rotation(0, len(wo
 # Give every token of the passage the same position (RoPE then rotates all alike and drops out of
 # every score) and shuffle the words before the last one again. **Guess first.**
 #
-# <!-- notes: nearly everybody votes for "no order". The answer sits in the mask. -->
+# <!-- notes: Nearly everybody votes for no order. Ask a voter to explain it with the mask drawn on
+# the board. The answer sits there: the second row averages over two tokens, the tenth over ten. Do
+# not give it before the numbers. -->
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 same_position = torch.zeros(1, len(words), dtype=torch.long)
 everyone = torch.ones(len(words), len(words), dtype=torch.bool)
 
@@ -859,6 +961,7 @@ def last_logits(ids, mask):
     return model(ids, attention_mask=additive, position_ids=same_position).logits[0, -1]
 
 
+# %% slideshow={"slide_type": "fragment"}
 for name, mask in (("all see all", everyone), ("causal", A.causal_mask(len(words)))):
     a, b = last_logits(sentence, mask), last_logits(sentence[:, permutation], mask)
     print(
@@ -872,6 +975,10 @@ print(f"loss on the passage: {full_sight:.1f} with positions, {no_positions:.1f}
 # The causal mask is itself a clock: position $t$ averages over $t + 1$ tokens, and the second
 # layer can tell. That is why decoders trained *without* position encodings work at all (Haviv et
 # al., arXiv 2203.16634; Kazemnejad et al., 2305.19466). An encoder has no such clock.
+#
+# <!-- notes: Read the three losses: 3.6 with positions, 5.6 without, 9.3 without other tokens. This
+# model was trained with positions and is robbed of them; the papers cited train without. Ask why
+# BERT, an encoder, could not do it. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 11. What trained heads look at
@@ -879,7 +986,9 @@ print(f"loss on the passage: {full_sight:.1f} with positions, {no_positions:.1f}
 # 270 heads, none of which was told what to do. Four of them on the sentence of section 2, each row
 # a query, each row a distribution over the keys it sees:
 #
-# <!-- notes: hide the titles with your hand and let students name the four patterns. -->
+# <!-- notes: Seven minutes for the section. Before the maps ask which patterns a head might learn,
+# and write the list on the board; the previous token is always named, the sink never. Point at the
+# second John in the right map: 0.83 on the first one. -->
 
 # %% slideshow={"slide_type": "fragment"}
 chosen = {
@@ -892,7 +1001,7 @@ maps = {}
 
 
 def draw_heads(pair):
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5.6))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5))
     for axis, (index, head) in zip(axes, pair, strict=True):
         head_q, head_k, _ = heads_of(index, inputs)
         maps[index, head] = A.attention_weights(head_q, head_k, A.causal_mask(len(words)))[0, head]
@@ -920,6 +1029,10 @@ print(f"weight on the previous token {previous:.2f}, on the first {maps[18, 8][1
 # The same head need not do the same thing twice. Layer 18, head 6 is an *induction head*: it finds
 # an earlier copy of the current token and reads what came *after* it. Give it random tokens, twice
 # in a row, and then the sentence of section 2, where no two words repeat in sequence:
+#
+# <!-- notes: Ask what the head should do on a sentence without repetition: it has to put its share
+# of one somewhere. 0.91 on the token after the earlier copy, 0.96 on the first token at rest. A map
+# of one sentence would have given it the wrong name. -->
 
 # %% slideshow={"slide_type": "fragment"}
 repeated = torch.randint(1000, 20000, (1, 30), generator=torch.Generator().manual_seed(0))
@@ -969,7 +1082,9 @@ for name, some in (("layers 12 to 29", range(12, 30)), ("layers 10 and 11", (10,
 # away the heads' resting place, and their shares are forced onto words that mean something.
 # Keeping that one token (StreamingLLM, arXiv 2309.17453) repairs most of it.
 #
-# <!-- notes: Ask: would a softmax with an extra "+ 1" in the denominator need a sink? -->
+# <!-- notes: Return to the line kept from section 1 and let a student explain the second curve.
+# Then ask: would a softmax with an extra +1 in the denominator need a sink? Layers 10 and 11 are
+# the control: value 1.4 times the others', share 0.00. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 12. What it costs
@@ -977,7 +1092,9 @@ for name, some in (("layers 12 to 29", range(12, 30)), ("layers 10 and 11", (10,
 # **Bytes.** Each token leaves behind a key and a value in every layer: $2\,L\,K\,d$ elements. How
 # many query heads there are does not matter.
 #
-# <!-- notes: let them compute Llama-3-8B by head: 2 x 32 x 8 x 128 x 2 bytes = 128 KiB. -->
+# <!-- notes: Six minutes for the section. Let them compute Llama-3-8B by hand: 2 x 32 x 8 x 128
+# numbers, 2 bytes each, are 128 KiB a token. Then ask which model of the figure's list has the
+# largest cache: not the largest model, 405B with 504 KiB, but GPT-3 with 4,608. -->
 
 # %% slideshow={"slide_type": "fragment"}
 # layers, query heads, key/value heads, head width; from the models' configurations
@@ -1010,34 +1127,45 @@ axis.set_xscale("log")
 axis.set_xlim(5, 200_000)
 axis.set_xlabel("KiB of cache for a token in 16 bits (grey: if no heads were shared)")
 plt.show()
-print({name: f"{x / 1024:.0f} KiB" for name, x in as_built.items()})
+print("KiB a token:", ", ".join(f"{name} {x / 1024:g}" for name, x in as_built.items()))
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **FLOPs.** The projections cost $2$ FLOPs a weight and token; the two products with the pairs of
 # tokens $4\,H\,d$ a pair. Sharing key/value heads saves bytes and projections. It does *not* save
 # score FLOPs: every query head still meets every key.
+#
+# <!-- notes: Ask what sharing heads does to the score FLOPs before you show the table: the two rows
+# of scores are equal. At 5,120 tokens scores overtake projections. Claims that attention's square
+# dominates everything are wrong for short texts. -->
+
+# %% slideshow={"slide_type": "skip"}
+lengths = (1024, 8192, 131072)
+shape = {"num_heads": 32, "head_dim": 128}
+counts = {}
+for kv_heads in (8, 32):
+    name = f"{kv_heads:2d} key/value heads"
+    counts[f"{name}, projections"] = [
+        A.projection_flops(dim=4096, num_kv_heads=kv_heads, num_tokens=n, **shape) for n in lengths
+    ]
+    counts[f"{name}, scores"] = [
+        A.attention_flops(num_queries=n, num_keys=n, **shape) for n in lengths
+    ]
+crossing = 2 * (2 * 32 + 2 * 8) * 128 * 4096 // (4 * 32 * 128)
 
 # %% slideshow={"slide_type": "fragment"}
-lengths = (1024, 8192, 131072)
 print(f"{'Llama-3-8B, one layer, GFLOPs':34s}", *(f"{n:9,}" for n in lengths), "tokens")
-shape = {"num_heads": 32, "head_dim": 128}
-for kv_heads in (8, 32):
-    counts = {
-        "projections": [
-            A.projection_flops(dim=4096, num_kv_heads=kv_heads, num_tokens=n, **shape)
-            for n in lengths
-        ],
-        "scores": [A.attention_flops(num_queries=n, num_keys=n, **shape) for n in lengths],
-    }
-    for part, flops in counts.items():
-        print(f"{kv_heads:2d} key/value heads, {part:14s}", *(f"{c / 1e9:9,.0f}" for c in flops))
-crossing = 2 * (2 * 32 + 2 * 8) * 128 * 4096 // (4 * 32 * 128)
+for part, flops in counts.items():
+    print(f"{part:34s}", *(f"{c / 1e9:9,.0f}" for c in flops))
 print(f"scores overtake projections at {crossing:,} tokens")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # **Bytes a FLOP.** To make one token, a layer reads its whole cache once: $2 K d$ elements a key
 # for $4 H d$ FLOPs. In 16 bits that is $H/K$ FLOPs a byte, whatever the length or the batch.
 # Section 14 puts it beside what accelerators want.
+#
+# <!-- notes: Derive it on the board: 4 H d FLOPs a key over 2 K d elements of 2 bytes is H / K.
+# Length and batch cancel. So no batch helps attention's own reading; only fewer key/value heads or
+# fewer bits do. End of the lecture; chapter 06 continues here. -->
 
 # %% [markdown] slideshow={"slide_type": "skip"}
 # ### Exercise: `attention_cost`
@@ -1060,6 +1188,10 @@ check("packed_attention")
 #
 # Everything above is worth as much as its agreement with code that runs in production. Executed
 # here; `tests/reference/attention/` does it for every dtype, shape and mask.
+#
+# <!-- notes: One minute, or for home. The point is the last two rows: bit for bit against the layer
+# of a model in use, with and without a cache. Within 1e-12 elsewhere, since a fused kernel sums in
+# another order. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -1108,6 +1240,10 @@ for ours_name, theirs_name, a, b in proof:
 # ## 14. Published figures, recomputed
 #
 # **KV cache of OPT-13B** (vLLM, arXiv 2309.06180, sec. 3): "800 KB" a token, "1.6 GB" for 2,048.
+#
+# <!-- notes: For home or for the laboratory's last quarter. Ask which of the two published numbers
+# is wrong: neither, they mix KiB and decimal GB. 819,200 bytes are 800 KiB; 2,048 of them 1.68 GB.
+# State the unit, always. -->
 
 # %% slideshow={"slide_type": "fragment"}
 opt = A.kv_cache_bytes(num_layers=40, num_kv_heads=40, head_dim=128)
@@ -1138,6 +1274,10 @@ print(f"if time were a + b K: b = {each:.3f} s a head, and MQA would take {0.28 
 # heads the cache is apparently no longer what the step waits for, so that the rest of the quality
 # is cheap to keep. A straight line through the first two points predicts too much: the model of
 # "time = bytes" is wrong where bytes are few.
+#
+# <!-- notes: Have the room fit the line through 64 and 8 heads on the board, and predict 1 head:
+# 0.13 s. Measured 0.24. Ask what else takes time then. A good place to say that a model of cost is
+# a claim one can test. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **MQA, sec. 2.4 and 3.1** (arXiv 1911.02150): memory accesses over operations when $n$ tokens are
@@ -1181,10 +1321,18 @@ print(f"published decoder step: 46 -> 3.8 us a token, {46 / 3.8:.1f} times (Tabl
 # Counts stay within a constant of the paper's terms, as $\Theta$ promises: 0.2 to 0.65 of them.
 # With a batch of 1 sharing hardly helps, since the *weights* are read for one token alone ($1/b$).
 # Sharing pays where many long sequences run at once.
+#
+# <!-- notes: Read the columns from the right: sharing gains 1.4 times for a batch of one, 18.4
+# times for 1,024 sequences of 4,096 tokens. Ask why the first row gains so little: the term 1/b,
+# weights read for one token. Skip it if the class has not met Theta. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **Ridge points.** An accelerator needs a certain number of FLOPs for each byte it reads, or its
 # arithmetic waits (peaks from the vendors' data sheets, dense 16-bit).
+#
+# <!-- notes: Ask for the number before: how many FLOPs must a byte be worth on an A100? 153 or 201,
+# by the memory built in. Decoding gives 1 to 71. So arithmetic waits for memory, whatever the
+# kernel; chapter 07 reduces bytes, not FLOPs. -->
 
 # %% slideshow={"slide_type": "fragment"}
 for name, tera_flops, tera_bytes in (
@@ -1208,6 +1356,10 @@ for name in ("Llama-2-7B", "Llama-3-8B", "Llama-2-70B", "Falcon-7B"):
 # **-1e20 in float16.** The largest number of float16 is 65,504. A literal like -1e20, common in
 # code written for float32, raises in one place and silently becomes -inf in another. And the
 # *lowest finite number* is no way out: add a negative score to it and it overflows.
+#
+# <!-- notes: For home, but do this one if half precision came up. Ask for the softmax of a row in
+# which all entries are minus infinity. The lowest finite number looks safe, and minus 40 more makes
+# it infinite: three NaN in the output. -->
 
 # %% slideshow={"slide_type": "fragment"}
 half = torch.zeros(3, dtype=torch.float16)
@@ -1228,6 +1380,10 @@ print("reference:", [round(p, 3) for p in rescued.tolist()])
 # **Products overflow before they are scaled.** `q @ k.mT * scale` in float16 forms $q \cdot k$
 # first. Large activations pass 65,504 there, although the scaled score would fit. Scale $q$ first,
 # or accumulate in float32 as kernels do:
+#
+# <!-- notes: Let them compute: 64 products of 40 times 40 are 102,400, beyond 65,504, though the
+# scaled score 12,800 fits. The kernel is right since it accumulates in float32. Same algebra, other
+# order, other result. -->
 
 # %% slideshow={"slide_type": "fragment"}
 big = torch.full((1, 1, 1, 64), 40.0, dtype=torch.float16)
@@ -1242,6 +1398,10 @@ print("kernel:", F.scaled_dot_product_attention(big, big, big)[0, 0, 0, 0].item(
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **Padding on the wrong side.** A batch of prompts of unequal length must be padded. Generation
 # reads the *last* column of the logits, and with padding on the right that is a pad token's.
+#
+# <!-- notes: Ask who notices: the longest prompt of the batch is right both ways, so a test with
+# one prompt, or with equal lengths, passes. On the right, "The capital of France is" answers with a
+# line break. Chapter 06, section 5, measures it. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -1285,6 +1445,10 @@ print("padded on the right:", next_words(prompts, "right"))
 # | short prompts of a batch answer nonsense | padding on the right in generation | 15 |
 # | attention maps are flat | divided by sqrt(hidden) | 3 |
 # | memory grows back with GQA | key/value heads repeated in memory | 7 |
+#
+# <!-- notes: Do not read it out. Give a symptom, wait for the cause, uncover the row with the room.
+# It serves as the key to the laboratory's discussion, and for the question which row of a mask may
+# have nothing allowed. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 16. Summary
@@ -1304,3 +1468,8 @@ print("padded on the right:", next_words(prompts, "right"))
 # multi-head checkpoint to groups. Olsson et al. 2022 (2209.11895): induction heads. Xiao et al.
 # 2023 (2309.17453): sinks. Next: chapter 05 puts the layer into a model, 06 keeps its keys, 07
 # never writes its scores down.
+#
+# <!-- notes: Students should be able to write attention with a mask, heads and groups from memory,
+# derive dZ, and say what sets bytes and what FLOPs. In the laboratory: the first six exercises;
+# attention_backward, attention_cost and packed_attention at home. Chapter 05 puts the layer into a
+# model. -->
