@@ -456,7 +456,7 @@ check("next_token_loss")
 # of second. Then ask where to add decay. With L2 it passes through the division; with a gradient a
 # thousand times larger, it is divided by a thousand times more. Which curve stays at 1? -->
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "subslide"}
 noise = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1.0])
 paths = {}
 for name in ("decoupled", "L2"):
@@ -648,7 +648,7 @@ for name, options in (
     ("greedy", {"top_k": 1}), ("temperature 1.5", {"temperature": 1.5}),
     ("temperature 0.8, top-p 0.9", {"temperature": 0.8, "top_p": 0.9}),
 ):  # fmt: skip
-    print(f"{name}:\n  {one_line(write(trained, 'An exception', 40, **options))}\n")
+    print(f"{name}:\n  {one_line(write(trained, 'An exception', 40, **options), 200)}\n")
 
 # %% [markdown] slideshow={"slide_type": "skip"}
 # **Exercise `next_token_probabilities`** (build, 20 minutes, difficulty 2 of 3).
