@@ -6,15 +6,18 @@
 # numbers of NF4, pack them two a byte, train through them (QLoRA), page an optimizer in and out,
 # and let activations decide which weights deserve care (AWQ).
 #
+# You need chapter 05 (a transformer) and, for section 9, the idea of chapter 08 (LoRA).
+#
+# <!-- notes: 75 minutes: 40 for sections 1 to 7, how weights are rounded, and 35 for 8 to 12, how
+# one trains and protects them. Section 1 is the hook, 12 the experiment that settles the bets.
+# Sections 13 to 15 are for the laboratory's last quarter. Begin with a show of hands: how many bits
+# does a weight need, 16, 8, 4 or 3? -->
+
+# %% [markdown] slideshow={"slide_type": "skip"}
 # > **Low-resource box.** The notebook runs in about a minute on one CPU core: most of it rounds a
 # > 135M-parameter model a dozen ways (sections 1 and 12), and a few seconds fine-tune a small one
 # > twice (section 9). Cut `NUM_TOKENS`, `num_alphas` and `NUM_STEPS` to shrink it. No GPU is used,
 # > and nothing is downloaded while it runs.
-#
-# You need chapter 05 (a transformer) and, for section 9, the idea of chapter 08 (LoRA).
-#
-# <!-- notes: Plan 90 minutes. Sections 2 to 8 are the lecture; 9 to 11 are the three papers; 12
-# is the experiment that compares them. Section 1 is the hook. -->
 
 # %% slideshow={"slide_type": "skip"}
 import copy
@@ -52,6 +55,11 @@ style.use()
 #
 # **Before you run the cell:** at 8 bits there are 255 steps, at 4 bits 15. Where do you expect it
 # to break, and how badly? (49,152, the number of tokens, is what guessing evenly would score.)
+#
+# <!-- notes: Bets on paper, as a perplexity. The usual one is 40 to 100 at 4 bits; it is 4.6
+# million, a hundred times worse than guessing. Do not explain it yet; ask what one large weight
+# does to a scale that all share. Say that these weights were widened from a file of 4 bits in
+# groups of 32, so that we measure a second rounding. Five minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 NUM_TOKENS = 200
@@ -85,7 +93,7 @@ for bits in (8, 4):
     whole[bits] = perplexity_after(partial(Q.round_to_nearest, bits=bits, granularity="tensor"))
 
 # %% slideshow={"slide_type": "fragment"}
-figure, axis = plt.subplots(figsize=(7, 3.8))
+figure, axis = plt.subplots(figsize=(10.5, 3.4))
 axis.plot(list(whole), list(whole.values()), "o-")
 axis.axhline(49152, color="grey", ls="--", lw=1)
 axis.text(16, 49152 * 1.3, "guessing evenly", color="grey")
@@ -95,22 +103,19 @@ axis.invert_xaxis()
 axis.set_xlabel("bits a weight, one scale a tensor")
 axis.set_ylabel("perplexity")
 plt.show()
-for bits, value in whole.items():
-    print(f"{bits:2d} bits: {value:12,.1f}")
+print("perplexity:", ", ".join(f"{value:,.1f} at {bits} bits" for bits, value in whole.items()))
 
-# %% [markdown] slideshow={"slide_type": "subslide"}
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # Eight bits are nearly free. Four are worse than guessing: the model is not a little off, it is
 # sure of the wrong token. Yet models in 4 bits are in use everywhere. By section 12 these same
 # weights will work in 4 bits, and it is not the number of bits that makes the difference but who
 # shares a scale, where the levels lie, and which weights are looked after.
-#
+
+# %% [markdown] slideshow={"slide_type": "skip"}
 # A word on these weights: SmolLM2's come from a file that stored them in 4 bits already, in groups
 # of 32 with a scale and a minimum each (GGUF's Q4_1). "16 bits" here means that file, widened. What
 # we measure is a *second* rounding; a small model of this course, trained in full precision,
 # stands beside it where that matters.
-#
-# <!-- notes: do not explain the 4-bit failure yet; ask what one large weight does to a shared
-# scale. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 2. Absmax and zero point
@@ -128,6 +133,11 @@ for bits, value in whole.items():
 #
 # **Question.** Weights lie around zero; the output of a gate does not. For which is the zero point
 # worth its bits?
+#
+# <!-- notes: Let the room put the two rulers under a lopsided histogram on the board first. The
+# figure: on the gate, absmax lays half of its marks where no number is, and its error is 0.324
+# beside 0.171. On the weights the gain is small, 0.143 to 0.123. Ask why the range must include
+# zero: a zero that comes back as 0.02 is a bias on every empty place. Six minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 name = "model.layers.10.mlp.gate_proj"
@@ -168,9 +178,12 @@ for label, x in samples.items():
     print(f"{label:30s} {errors[0]:8.3f} {errors[1]:11.3f}")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# On the gate absmax spends half of its codes on numbers that do not occur. Two details decide
-# whether code of this kind is right. The range is widened to include zero, and $z$ is rounded to an
-# integer, so that zero comes back as zero exactly; and rounding goes to the nearest, not down.
+# On the gate absmax spends half of its codes on numbers that do not occur.
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# Two details decide whether code of this kind is right. The range is widened to include zero, and
+# $z$ is rounded to an integer, so that zero comes back as zero exactly; and rounding goes to the
+# nearest, not down.
 
 # %% slideshow={"slide_type": "fragment"}
 x = torch.tensor([[0.0, 0.52, 1.07, 2.9, 5.0, 7.1]])
@@ -188,6 +201,11 @@ for quantize in (Q.quantize_absmax, Q.quantize_zero_point):
 #
 # **Before you run the cell:** on a real weight matrix in 4 bits, how much does it bring to go from
 # one scale a tensor to one a row, and from there to one for 32 weights?
+#
+# <!-- notes: Ask for two factors. The first step, tensor to row, costs 0.028 bits and takes the
+# error from 0.454 to 0.167; from there to groups of 32 costs half a bit and brings 0.112. Most
+# expect it the other way round. Then the model: 4.6 million, 69.8, 40.4. So the failure of section
+# 1 was a matter of sharing. `quantize_groups` opens the laboratory. Six minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 name = "model.layers.0.self_attn.k_proj"
@@ -201,7 +219,7 @@ for granularity in sharing:
     costs.append(quantized.bits_per_parameter)
 
 # %% slideshow={"slide_type": "fragment"}
-figure, axis = plt.subplots(figsize=(7, 3.8))
+figure, axis = plt.subplots(figsize=(10.5, 3.4))
 axis.plot(costs, errors, "o-")
 for label, cost, error in zip(labels, costs, errors, strict=True):
     place = (8, 10) if label == "row" else (4, -15) if label == "288" else (8, 4)
@@ -211,11 +229,15 @@ axis.set_ylabel("relative error of the weights")
 axis.set_xlim(3.95, 5.2)
 axis.set_ylim(0)
 plt.show()
-for label, cost, error in zip(labels, costs, errors, strict=True):
-    print(f"{label:8s} {cost:6.3f} bits   error {error:.3f}")
+print(f"{'one scale a':12s}", *(f"{label:>7s}" for label in labels))
+print(f"{'bits':12s}", *(f"{cost:7.3f}" for cost in costs))
+print(f"{'error':12s}", *(f"{error:7.3f}" for error in errors))
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# Most of the gain comes with the first fraction of a bit. And on the whole model:
+# Most of the gain comes with the first fraction of a bit.
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# And on the whole model:
 
 # %% slideshow={"slide_type": "fragment"}
 by_row = perplexity_after(partial(Q.round_to_nearest, bits=4, granularity="channel"))
@@ -239,6 +261,11 @@ check("quantize_groups")
 # one layer of SmolLM2, channel by channel.
 #
 # **Question.** What will one scale a token do to this?
+#
+# <!-- notes: After the figure let them compute: if a token has the 11.5, a step is 11.5 / 127 =
+# 0.09, and the median channel, at most 0.39, uses four codes on either side. Then the bet how many
+# of 576 channels must stay in 16 bits. One: the error falls from 0.120 to 0.025. Seven halve it
+# again. Bridge: from here on only weights are rounded. Six minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 for each, layer in layers.items():
@@ -255,7 +282,7 @@ axis.set_xlabel("input channel of layer 12's v_proj")
 axis.set_ylabel("largest |x| over the page")
 axis.set_yscale("log")
 axis.axhline(6, color="C1", lw=1, ls="--")
-axis.text(len(largest) * 1.01, 6, "6", color="C1", va="center")
+axis.text(len(largest) * 1.01, 6.4, "6", color="C1", va="bottom")
 plt.show()
 print(f"median over channels {largest.median():.2f}, largest {largest.max():.1f}")
 
@@ -284,6 +311,11 @@ for threshold in (math.inf, 6.0, 3.0, 1.5):
 # NF4 (QLoRA, arXiv 2305.14314) takes quantiles of the normal distribution: 7 below zero, zero
 # itself, 8 above, scaled to $[-1, 1]$. The normal distribution has no largest value, so the ends
 # are put at probability 0.9677083, which is $(31/32 + 29/30)/2$.
+#
+# <!-- notes: Draw the bell, cut it into strips of equal area, mark the borders: that is the whole
+# idea. Ask why seven levels below and eight above: zero itself needs one of sixteen. On the next
+# page vote among the three rulers before the table. NF4 wins on weights, even steps by far on
+# uniform numbers, FP4 nowhere. Keep INT4 / NF4 = 1.37 in mind: section 12 takes it back. -->
 
 # %% slideshow={"slide_type": "fragment"}
 half_steps = torch.linspace(0.9677083, 0.5, 9), torch.linspace(0.9677083, 0.5, 8)
@@ -295,7 +327,7 @@ print("the reference's:", torch.equal(nf4, Q.normal_float_levels()))
 print("spacing, smallest and largest:", [round(v.item(), 3) for v in nf4.diff().aminmax()])
 print("an exact zero:", (nf4 == 0).any().item())
 
-# %% [markdown] slideshow={"slide_type": "fragment"}
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # **Question.** Which of three tables would you give to real weights: even steps (INT4), a float
 # with 1 sign, 2 exponent and 1 mantissa bit (FP4), or quantiles (NF4)?
 
@@ -317,7 +349,7 @@ blocks = kinds["SmolLM2, layer 15 up_proj"].view(-1, 64)
 scaled = (blocks / blocks.abs().amax(1, keepdim=True)).flatten()
 
 # %% slideshow={"slide_type": "fragment"}
-figure, axis = plt.subplots(figsize=(9, 4))
+figure, axis = plt.subplots(figsize=(9.5, 3.8))
 axis.hist(scaled.numpy(), bins=150, density=True, color="lightgrey")
 for i, (label, levels) in enumerate(tables.items()):
     height = 1.75 + 0.22 * i
@@ -327,6 +359,8 @@ axis.set_xlabel("weight / absmax of its block of 64 (SmolLM2, layer 15)")
 axis.set_ylabel("density of weights")
 axis.set_xlim(-1.1, 1.2)
 plt.show()
+
+# %% slideshow={"slide_type": "subslide"}
 print(f"{'mean squared error':30s}", *(f"{label:>7s}" for label in tables), "   INT4 / NF4")
 for label, x in kinds.items():
     power = x.square().mean()
@@ -354,6 +388,11 @@ check("normal_float")
 # What is stored: for each block of 64 numbers one absmax, for each number the index of the level
 # nearest to number / absmax, and two indices in a byte, the first in the high half. Blocks are cut
 # from the flat tensor and know nothing of rows. Step through the first eight weights of a block.
+#
+# <!-- notes: Do the first byte by hand: codes 7 and 6, the first in the high half, 7 x 16 + 6 =
+# 118, or 0x76. Ask what a reader gets who takes the low half first: all values right, and every
+# pair swapped, which no histogram shows. Number 7 comes back visibly too large: out there the
+# levels are far apart. In the laboratory: `normal_float`, then `quantize_blocks`. -->
 
 # %% slideshow={"slide_type": "fragment"}
 block = originals["model.layers.15.mlp.up_proj"].view(-1, 64)[0]
@@ -365,7 +404,7 @@ steps = [
     ("1. weights of the block (8 of 64)", "weight", block[:8], None),
     (f"2. divided by absmax = {stored.absmax.item():.3f}", "ratio", ratio[:8], None),
     ("3. the nearest of sixteen levels", "ratio", ratio[:8], codes[:8]),
-    ("4. two codes a byte; and back: level times absmax", "weight", block[:8], back[:8]),
+    ("4. two codes a byte, and back", "weight", block[:8], back[:8]),
 ]
 
 
@@ -377,7 +416,9 @@ def draw_block(figure, step):
     axis.axhline(0, color="black", lw=0.8)
     axis.set_ylabel(label)
     axis.set_xlabel("number in the block")
+    axis.set_xticks(range(8))
     if title.startswith("3"):
+        axis.set_xlim(-0.6, 8.2)
         for level in nf4.tolist():
             axis.axhline(level, color="C2", lw=0.6)
         for i, code in enumerate(extra.tolist()):
@@ -390,7 +431,7 @@ def draw_block(figure, step):
         axis.set_xlabel("byte of two codes")
 
 
-Stepper(steps, draw_block, strip=[0, 1, 2, 3], size=(5.6, 3.4))
+Stepper(steps, draw_block, strip=[0, 1, 2, 3], size=(5.2, 2.8))
 
 # %% slideshow={"slide_type": "fragment"}
 stored = Q.quantize_4bit(originals["model.layers.15.mlp.up_proj"])
@@ -421,6 +462,11 @@ check("quantize_blocks")
 #
 # **Question.** All scales are positive. What would a signed code waste, and what is the cheapest
 # remedy?
+#
+# <!-- notes: First have the left side of the arrow explained: 32 bits shared by 64. Many believe
+# that "double" means rounding the weights twice; the codes are unchanged, True. The answer to the
+# question is in the left panel: take off the mean, and the codes are used on both sides. The price
+# is an error of 0.0938 in place of 0.0937, the gain 0.373 bits. End of the first 40 minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 scales = stored.absmax
@@ -428,7 +474,7 @@ double = Q.double_quantize(stored)
 rounded_scales = Q.dequantize_scales(double.scales)
 
 # %% slideshow={"slide_type": "fragment"}
-figure, axes = plt.subplots(1, 2, figsize=(11, 3.5))
+figure, axes = plt.subplots(1, 2, figsize=(11, 3.3))
 axes[0].hist(scales.numpy(), bins=60, color="C4")
 axes[0].axvline(scales.mean().item(), color="C1")
 axes[0].set_xlim(0)
@@ -471,8 +517,15 @@ print(f"bits a weight: {Q.NF4_BITS} -> {Q.QLORA_BITS:.3f}, saved {Q.NF4_BITS - Q
 #         return grad_output @ dequantize(ctx.weight).to(grad_output.dtype), None
 # ```
 #
-# The last `None` is the gradient of the weight. **Question.** Frozen weights get no gradient. Does
-# $x$?
+# The last `None` is the gradient of the weight.
+#
+# <!-- notes: Ask which of the two lines is slow and which is large. "4-bit models compute in 4
+# bits" is the belief to clear away. Then the second page: the plain version keeps 4,194,304 bytes,
+# one float32 copy of 1,024 x 1,024, the other none, and both have the gradient of x right. Wrong
+# guess: frozen means that nothing flows back. Seven minutes; `qlora_backward` is for home. -->
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **Question.** Frozen weights get no gradient. Does $x$?
 
 # %% slideshow={"slide_type": "fragment"}
 weight = kinds["normal numbers"] * 0.02
@@ -537,6 +590,11 @@ check("tiled_linear")
 #
 # **Before you run the cell:** QLoRA starts from a worse model (its weights are rounded). Will it
 # end worse?
+#
+# <!-- notes: Vote: worse, equal, better. The curves end at 3.96 and 3.97. Look at the left end as
+# well: on this licence the rounded model starts at 4.75, the other at 4.77, so rounding need not
+# hurt on every text. The table is what QLoRA is for: 2.9 MB of frozen layers become 0.37 MB, while
+# Adam's bytes are the same in both. Seven minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 NUM_STEPS, SEQ_LEN, BATCH_SIZE, RANK = 16, 128, 8, 8
@@ -582,7 +640,7 @@ methods = {"LoRA": make_lora, "QLoRA": partial(Q.make_qlora, config=config)}
 tuned = {label: fine_tune(make) for label, make in methods.items()}
 
 # %% slideshow={"slide_type": "fragment"}
-figure, axis = plt.subplots(figsize=(7, 3.8))
+figure, axis = plt.subplots(figsize=(10.5, 3.6))
 for (label, (_, losses)), marker in zip(tuned.items(), "os", strict=True):
     axis.plot(range(0, NUM_STEPS + 1, 4), losses, marker=marker, ls="-" if marker == "o" else "--")
     colour = f"C{list(tuned).index(label)}"
@@ -593,7 +651,10 @@ plt.show()
 for label, (_, losses) in tuned.items():
     print(f"{label:6s}", *(f"{loss:6.2f}" for loss in losses))
 
-# %% slideshow={"slide_type": "fragment"}
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# The two curves run together: what rounding took, the adapters learn back along with the rest.
+
+# %% slideshow={"slide_type": "subslide"}
 print(f"{'bytes':24s} {'LoRA':>10s} {'QLoRA':>10s}")
 base, trained = {}, {}
 for label, (each, _) in tuned.items():
@@ -610,13 +671,17 @@ codes_after = tuned["QLoRA"][0].layers[0].mlp.up_proj.packed
 print("codes untouched by training:", torch.equal(codes_before, codes_after))
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# The two curves run together: what rounding took, the adapters learn back along with the rest. The
-# base takes a little more than the 4.127 bits of section 7, since each of these small matrices
+# The base takes a little more than the 4.127 bits of section 7, since each of these small matrices
 # has a mean and a short last outer block of its own.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **Question.** And the real one? SmolLM2's 210 linear layers go to four bits, and lose. Six steps
 # of QLoRA on one row of the licence each: how much comes back?
+#
+# <!-- notes: Guess a number between 3.43 and 3.84 before the output. It is 3.46: six steps give
+# back nearly all that rounding took on this text. Object to it yourself: the adapters also learned
+# the licence's language, so not all of the gain is repair. How would one tell them apart? Train the
+# unrounded model as well. Three minutes. -->
 
 # %% slideshow={"slide_type": "fragment"}
 ids = tokenizer(licence, return_tensors="pt").input_ids[0]
@@ -655,6 +720,12 @@ del small, optimizer, learning
 #
 # The device here is simulated: a budget in bytes, pages evicted in the order of least recent use,
 # everything counted. One step in five has a long sequence.
+#
+# <!-- notes: Ask who knows virtual memory, and let that student explain faults and evictions.
+# Before the figure: in which of 20 steps do pages move? Four times, and 128 faults are four times
+# 32 of 64 pages. Students confuse this with offloading: with room for all there are 0 faults. The
+# last page is the claim that counts: bit for bit AdamW. `paged_states` in the laboratory. Five
+# minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 parameters = [torch.randn(256, 64) for _ in range(8)]  # 1 MiB of moments
@@ -683,7 +754,7 @@ tight = train_paged(state_bytes + LONG // 2)
 thrashing = train_paged(page_bytes + LONG)
 
 # %% slideshow={"slide_type": "fragment"}
-figure, axis = plt.subplots(figsize=(9, 3.6))
+figure, axis = plt.subplots(figsize=(11, 3.2))
 times, used, reserved = (torch.tensor(column) / 1.0 for column in zip(*tight[2], strict=True))
 axis.fill_between(times, 0, (used - reserved) / 2**20, step="post", color="C4")
 axis.fill_between(
@@ -704,8 +775,10 @@ for label, (_, memory, _) in (("roomy", roomy), ("tight", tight), ("thrashing", 
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # With room for all there is not a single fault. In the tight budget only the four long sequences
-# push pages out, half of them each time, and the next step brings them back. One page of room
-# besides the activations still works: everything is slow, nothing is lost.
+# push pages out, half of them each time, and the next step brings them back.
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# One page of room besides the activations still works: everything is slow, nothing is lost.
 
 # %% slideshow={"slide_type": "fragment"}
 oracle = [nn.Parameter(p.clone()) for p in parameters]
@@ -738,6 +811,12 @@ check("paged_states")
 # size. Test it: leave 1 % of the input channels of one layer unrounded, chosen three ways.
 #
 # **Before you run the cell:** large weights, large activations, or at random?
+#
+# <!-- notes: Collect the ranking by hands; "large weights" is the usual winner. The errors: 0.161
+# at random, as if nothing had been kept; 0.159 for large weights; 0.128 for large activations.
+# Write the error of one output on the board, a sum of weight error times input, and the answer is
+# obvious. The activations were measured on another text than the page that judges. Five minutes.
+# -->
 
 # %% slideshow={"slide_type": "skip"}
 for each, layer in layers.items():
@@ -762,12 +841,12 @@ choices = {
     "large weights": weight.abs().mean(0),
     "large activations": magnitude,
 }
-print(f"{'3 bits, everything':42s} error {output_error(INT3(weight)):.3f}")
+print(f"{'3 bits, everything':45s} error {output_error(INT3(weight)):.3f}")
 for label, salience in choices.items():
     kept = salience.topk(round(0.01 * weight.shape[1])).indices
     mixed = INT3(weight)
     mixed[:, kept] = weight[:, kept]
-    print(f"{f'1 % of channels in 16 bits, {label}':42s}", f"error {output_error(mixed):.3f}")
+    print(f"{f'1 % of channels in 16 bits, {label}':45s}", f"error {output_error(mixed):.3f}")
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # Activations are the better judge (AWQ, arXiv 2306.00978, section 3.1). But columns of another
@@ -780,13 +859,19 @@ for label, salience in choices.items():
 # The error of a scaled weight, seen from the output, is divided by $s$, as long as its group's step
 # does not grow. $\alpha$ is found on a grid: 0 is plain rounding, near 1 the salient columns grow
 # so large that they spoil their group.
+#
+# <!-- notes: Do one weight on the board: rounding errs by half a step; scaled by 4 it errs by the
+# same half step, and the division makes that an eighth. Then ask who pays: the group, once its
+# largest number grows. Hence the valley at alpha 0.25 and the rise to its right. The last page has
+# the famous slip: multiplied on both sides, the error is 0.15 without any rounding. `awq` is for
+# home. -->
 
 # %% slideshow={"slide_type": "fragment"}
 searches = {
     label: Q.search_scale(weight, calibrated, rounding, num_alphas=20)
     for label, rounding in (("3 bits", INT3), ("4 bits", INT4))
 }
-figure, axis = plt.subplots(figsize=(7, 3.8))
+figure, axis = plt.subplots(figsize=(9, 3.8))
 alphas = [i / 20 for i in range(20)]
 for label, found in searches.items():
     axis.plot(alphas, [loss / found.losses[0] for loss in found.losses], "o-", ms=4, label=label)
@@ -801,7 +886,7 @@ for (label, found), rounding in zip(searches.items(), (INT3, INT4), strict=True)
     plain = output_error(rounding(weight))
     print(f"{label}: alpha {found.alpha:.2f}; error on the page {plain:.3f} -> {awq:.3f}")
 
-# %% [markdown] slideshow={"slide_type": "fragment"}
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # The page is another text than the calibration's, and the gain carries over: loud channels belong
 # to the model, not to the text. And the division by $s$ need not happen at run time, since the norm
 # before the layer multiplies by its weight anyway.
@@ -842,6 +927,11 @@ check("awq")
 #
 # **Before you run the cell:** order these: INT4, FP4, NF4, NF4 with double quantisation, INT4 with
 # AWQ.
+#
+# <!-- notes: Everybody writes the five names in order. Then let the two panels quarrel: INT4 with
+# AWQ is second in perplexity, 32.0 after 31.2, and first in divergence, 0.18. Ask which judge to
+# trust with 199 words. The last surprise, INT4 level with NF4, takes section 5 back: that INT4 had
+# no zero point, 0.0116 beside 0.0083. Ten minutes, the end of the lecture. -->
 
 # %% slideshow={"slide_type": "skip"}
 held_out = torch.tensor(course_tokenizer.encode(corpus()[-HELD_OUT:]))[: 8 * 256].view(8, 256)
@@ -916,7 +1006,7 @@ for bits in (4, 3):
 round_everything(lambda weight: weight)
 
 # %% slideshow={"slide_type": "fragment"}
-figure, axes = plt.subplots(1, 2, figsize=(12, 4.4))
+figure, axes = plt.subplots(1, 2, figsize=(11, 4.8))
 MARKS = {"NF4": "s", "NF4, double": "D", "FP4": "^", "INT4, AWQ": "*", "INT3, AWQ": "*"}
 for axis, column in zip(axes, (1, 2), strict=True):
     for label, row in results.items():
@@ -942,6 +1032,8 @@ axes[0].set_yticks([30, 40, 60, 80], ["30", "40", "60", "80"])
 axes[1].set_ylabel("divergence from 16 bits (nats)")
 axes[1].set_yticks([0.2, 0.4, 0.8, 1.6], ["0.2", "0.4", "0.8", "1.6"])
 plt.show()
+
+# %% slideshow={"slide_type": "subslide"}
 print(f"{'':12s} {'bits':>6s} {'SmolLM2':>9s} {'divergence':>11s} {'course model':>13s}")
 for label, (bits, small, divergence, own) in results.items():
     print(f"{label:12s} {bits:6.3f} {small:9.1f} {divergence:11.2f} {own:13.2f}")
@@ -951,7 +1043,10 @@ for label, (bits, small, divergence, own) in results.items():
 # next to nothing. About AWQ at 4 bits the judges disagree: the perplexity of these 199 words rises,
 # the divergence falls by more than a third. The divergence has the better eyes; what this shows
 # above all is how little one page of perplexity can decide. At 3 bits both agree that AWQ helps
-# SmolLM2. The course's model it helps once and harms once. Has that model no salient channels?
+# SmolLM2.
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# The course's model AWQ helps once and harms once. Has that model no salient channels?
 
 # %% slideshow={"slide_type": "fragment"}
 for label, each, tokens in (("SmolLM2", model, page), ("course model", course, held_out[:1])):
@@ -965,13 +1060,14 @@ for label, each, tokens in (("SmolLM2", model, page), ("course model", course, h
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # It has none: there is nothing for AWQ to protect.
-#
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # The surprise is INT4: with a zero point, in 4.31 bits, it is as close to the unrounded SmolLM2 as
 # NF4 in 4.5, and has the lower perplexity on both models. Was NF4 not the better type by a third
 # (section 5)? That INT4 was absmax. Count its waste: one code in sixteen, and a range as wide as
 # twice the largest absolute value, although the other end of a block is seldom as far out.
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 x = kinds["normal numbers"]
 contest = {
     "INT4, absmax": Q.round_to_nearest(x, bits=4, granularity=64),
@@ -980,6 +1076,8 @@ contest = {
 }
 groups = x.view(-1, 64)
 low, high = groups.aminmax(dim=1)
+
+# %% slideshow={"slide_type": "fragment"}
 print(f"step of absmax {2 * groups.abs().amax(1).mean() / 14:.3f}, "
       f"of the zero point {(high - low).mean() / 15:.3f}")  # fmt: skip
 for label, rounded in contest.items():
@@ -1007,15 +1105,20 @@ for label, kept in (("float32", DynamicCache()), ("int8", Int8Cache())):
 #
 # bitsandbytes is the code behind QLoRA, torchao has AWQ's observer. Where they are installed, the
 # cell compares bit for bit; our tests do so for every dtype, block size and tie.
+#
+# <!-- notes: For the laboratory's last quarter, two minutes. Six comparisons are equal bit for bit;
+# ask which of them would have failed with the halves of a byte swapped (the codes) and which not
+# (absmax). The 0.30 % of the last line are worth a question: which side is wrong? Neither; one of
+# them rounds twice. -->
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
+rows = []
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import bitsandbytes.functional as bnb
 
         weight = originals["model.layers.7.mlp.down_proj"]
-        rows = []
         for levels in ("nf4", "fp4"):
             packed, state = bnb.quantize_4bit(weight, quant_type=levels)
             ours = Q.quantize_4bit(weight, levels=levels)
@@ -1025,12 +1128,15 @@ try:
             rows.append((f"{levels} values", torch.equal(Q.dequantize_4bit(ours), theirs)))
         packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     ours = Q.double_quantize_4bit(weight)
-    for label, same in rows:
-        print(f"{label:14s} equal bit for bit: {same}")
     differ = (ours.scales.codes != state.absmax).float().mean().item()
-    print(f"double quantisation: {100 * differ:.2f} % of the scales' codes differ")
 except ImportError:
     print("bitsandbytes is not installed")
+
+# %% slideshow={"slide_type": "fragment"}
+for label, same in rows:
+    print(f"{label:14s} equal bit for bit: {same}")
+if rows:
+    print(f"double quantisation: {100 * differ:.2f} % of the scales' codes differ")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # The last line is no mistake of either side: bitsandbytes' CPU code looks a scale up in a table of
@@ -1041,8 +1147,13 @@ except ImportError:
 # ## 14. Published figures
 #
 # From QLoRA (arXiv 2305.14314), recomputed. GB are 1e9 bytes.
+#
+# <!-- notes: Let the room recompute one line: 65 billion times 12 bytes are 780 GB. Ask what is
+# missing in those 12 bytes, the float32 masters of chapter 10. Then read the last line aloud and
+# leave it open: 5,048 MB in the paper, 3,476 here. The bars on the next page say why QLoRA was
+# news: 65B in 43 GB, below the dashed 48. -->
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 SIZES = {
     label: llama_parameters(PRESETS[f"llama-1-{label.lower()}"]).total
     for label in ("7B", "13B", "33B", "65B")
@@ -1060,6 +1171,8 @@ rows = [
     ("7B: adapters (0.2 %), sec. 2", "26 MB", f"{0.002 * SIZES['7B'] * 2 / 1e6:.1f} MB"),
     ("7B: 4-bit base, sec. 2", "5,048 MB", f"{SIZES['7B'] * Q.QLORA_BITS / 8e6:,.0f} MB"),
 ]
+
+# %% slideshow={"slide_type": "fragment"}
 print(f"{'':30s} {'paper':>11s}   {'recomputed'}")
 for label, paper, ours in rows:
     print(f"{label:30s} {paper:>11s}   {ours}")
@@ -1070,7 +1183,7 @@ for label, paper, ours in rows:
 # we do not know what else the paper's 5,048 MB hold: with embeddings in 16 bits, as QLoRA leaves
 # them, and 4.5 bits elsewhere, we still get less. It stays an open question here.
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 vocabulary = 2 * 32000 * 4096  # embedding and head
 mixed = vocabulary * 2 + (SIZES["7B"] - vocabulary) * Q.NF4_BITS / 8
 print(f"7B with 16-bit embedding and head, NF4 elsewhere: {mixed / 1e6:,.0f} MB\n")
@@ -1088,7 +1201,7 @@ for label, size in SIZES.items():
     print(f"{label:4s} {size / 1e9:10.2f}B", *(f"{v:8.1f}" for v in totals[label]),
           f"  {qlora.weights / 1e9:10.1f}")  # fmt: skip
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "subslide"}
 figure, axis = plt.subplots(figsize=(8, 3.8))
 for i, method in enumerate(("full, 16 bits", "LoRA", "QLoRA")):
     heights = [row[i] for row in totals.values()]
@@ -1121,6 +1234,11 @@ check("qlora_bytes")
 # **A cast that reaches the scales.** `model.to(torch.bfloat16)` casts every floating buffer. If the
 # scales of 4-bit weights are among them, they lose 16 of their 24 bits and all weights shift a
 # little. `QLoRALinear` keeps its scales as bytes for that reason.
+#
+# <!-- notes: Before the second page ask what is left of an adapter after merging into NF4. "All of
+# it" is the usual answer, from chapter 08. Of the trained update 0.41 is lost, of one a third as
+# large 0.95: the rounding error does not shrink with the update. Draw two levels and a small push
+# that stays between them. Three minutes, in the laboratory's discussion. -->
 
 # %% slideshow={"slide_type": "fragment"}
 weight = kinds["normal numbers"][:64, :128]
@@ -1132,15 +1250,17 @@ cast = stored.absmax.bfloat16().float()
 print("kept as bytes, unchanged by the cast:", torch.equal(before, after))
 print(f"scales cast to bfloat16 err by up to {100 * (cast / stored.absmax - 1).abs().max():.2f} %")
 
-# %% [markdown] slideshow={"slide_type": "fragment"}
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # **Merging into the 4-bit base.** An adapter merges into a 16-bit weight without loss (chapter 08).
 # Merged into NF4 it must be rounded again, and the rounding error is as large for a small update as
 # for a large one. How much of the update of section 9 survives, and of the same one made smaller?
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 layer = tuned["QLoRA"][0].layers[2].mlp.up_proj
 base_weight = Q.dequantize(layer.quantized)
 whole_update = layer.adapter.delta().detach()
+
+# %% slideshow={"slide_type": "fragment"}
 print("update / weight   error of the merge / update")
 for factor in (1, 0.3, 0.1, 0.03):
     update = factor * whole_update
@@ -1151,7 +1271,8 @@ for factor in (1, 0.3, 0.1, 0.03):
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # Four tenths of the trained update are lost, and of one a third as large nearly all. Keep the
 # adapter beside the base, or merge into the dequantised weights and store 16 bits.
-#
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # **Calibration that is not finite, blocks that do not divide.** Quantisers meet weights once, and a
 # silent error there lasts. The reference refuses early:
 
@@ -1182,6 +1303,11 @@ for bad in (
 # | perplexity moves after `.to(bfloat16)` | scales were cast | 15 |
 # | the fine-tuning is gone after merging | merged into 4 bits | 15 |
 # | AWQ finds alpha 0 everywhere | inputs multiplied instead of divided | 11 |
+#
+# <!-- notes: Cover the middle column and go round: one symptom a student, who names a cause. Stop
+# at "only the last layers learn" and "every pair swapped": no error message comes with either. In
+# the laboratory, hang this page up; most of what goes wrong in `quantize_groups`, `quantize_blocks`
+# and `awq` is on it. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 16. Summary
@@ -1196,6 +1322,12 @@ for bad in (
 # - A paged optimizer moves only what must make room, and its numbers are AdamW's.
 # - AWQ scales salient channels before rounding and divides their inputs; everything is stored in
 #   the same few bits.
+#
+# <!-- notes: Three questions to leave with: in which precision does a 4-bit model compute; why does
+# AWQ keep no weight in 16 bits; is a lower error the same as better text? In the laboratory:
+# `quantize_groups`, `normal_float`, `quantize_blocks`, `qlora_bytes`, `paged_states`. At home:
+# `qlora_backward`, `awq`, `tiled_linear`. Chapter 10 computes in 16 and 8 bits, where rounding
+# meets sums and gradients. -->
 #
 # **Further reading.** Dettmers et al. 2022 (2208.07339), sections 2 and 3: outliers. Dettmers et
 # al. 2023 (2305.14314), section 3 and appendix E. Lin et al. 2023 (2306.00978), section 3. Chapter
