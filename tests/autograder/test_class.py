@@ -91,10 +91,10 @@ def _verdicts(out):
     return {s["student"]: s for s in data["submissions"]}
 
 
-def test_a_class_of_two_hundred_gets_the_expected_verdicts(course, tmp_path_factory):
+def test_every_kind_gets_the_expected_verdicts(course, tmp_path_factory):
+    """Two hundred, of real chapters: test_class_of_chapters.py."""
     folder, out = tmp_path_factory.mktemp("in"), tmp_path_factory.mktemp("out")
-    handed_in = _hand_in(folder, 14)
-    assert len(handed_in) >= 200
+    handed_in = _hand_in(folder, 3)
     done = _run(folder, "--out", out)
     assert done.returncode == 1 and "bytes, at most" in done.stdout, done.stdout + done.stderr
     found = _verdicts(out)
