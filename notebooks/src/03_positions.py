@@ -10,6 +10,10 @@
 # trained on, and stretch it: position interpolation, NTK, YaRN, Llama 3.1.
 #
 # You need: attention as a closed box (chapter 04 opens it), rotations in the plane.
+#
+# <!-- notes: 75 minutes: 40 for sections 1 to 6, how positions are put in, 35 for 7 to 10, how far
+# they reach. Sections 11 to 13 are for home. Bring a clock with hands, or draw one: sinusoids, RoPE
+# and the stretching of contexts are all said with hands of clocks in this chapter. -->
 
 # %% [markdown] slideshow={"slide_type": "skip"}
 # > **Low-resource box.** One CPU core and 1.5 GB of memory are enough. The slow cells: training
@@ -51,6 +55,10 @@ def table(*rows):
 #
 # **Question.** We take queries, keys and values of a trained model, undo its positions, shuffle
 # the keys together with their values, and attend. How much does the output change?
+#
+# <!-- notes: Take guesses in per cent: a little, half, all? Without positions it is 0 %, with RoPE
+# 86 %. If somebody objects that word order surely matters, ask which term of the sum would know it.
+# The causal mask is the honest exception; section 9 comes back to it. Six minutes. -->
 
 # %% slideshow={"slide_type": "skip"}
 smollm2, tokenizer = load_smollm2()
@@ -88,6 +96,11 @@ for name, turn in (
 # sec. 3.5): $D/2$ clocks, the first turning one radian a token, each next one slower.
 #
 # $$PE(m,2i)=\sin\frac{m}{10000^{2i/D}}\qquad PE(m,2i+1)=\cos\frac{m}{10000^{2i/D}}$$
+#
+# <!-- notes: Draw three clocks of different speed before the picture. In the picture, columns are
+# positions: ask which rows a neighbour changes (the upper ones) and which tell page from page. The
+# lower half hardly moves within 200 tokens. Six minutes; exercise `sinusoidal_encoding`, ten, in
+# the laboratory. -->
 
 # %% slideshow={"slide_type": "fragment"}
 sinusoids = pos.sinusoidal_positions(torch.arange(200), 64)
@@ -99,15 +112,21 @@ figure.colorbar(image, label="value")
 plt.show()
 print("row 0:", [round(v, 2) for v in sinusoids[0, :6].tolist()])
 
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **Question.** 64 features: is the table at most 64 rows long? (Study notes say so.)
+#
+# <!-- notes: Wait for a yes and for its reason: 64 columns, so at most 64 different rows. Numbers
+# are not bits: one real number could already tell all positions apart. Then the second question,
+# why sines and cosines, which the linear map answers. -->
+
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# **Question.** 64 features: is the table at most 64 rows long? (Study notes say so.) No: $D$ limits
-# how many clocks there are. A clock does not stop.
+# No: $D$ limits how many clocks there are. A clock does not stop.
 
 # %% slideshow={"slide_type": "fragment"}
 far = pos.sinusoidal_positions(torch.tensor([63, 64, 1_000_000]), 64)
 print("position 1,000,000:", [round(v, 2) for v in far[2, :4].tolist()], "...")
 
-# %% [markdown] slideshow={"slide_type": "subslide"}
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # Why sines *and* cosines? Two readings of one clock fix its hand, and moving on by $s$ tokens is
 # one rotation of the hand, the same for every $m$. "Three tokens back" is a linear map.
 
@@ -129,6 +148,10 @@ check("sinusoidal_encoding")
 #
 # BERT and GPT-2 simply learn one vector a position. It works as well within the table. At its end
 # it ends:
+#
+# <!-- notes: One minute. Ask what the better failure is: an error at position 1024, or a number
+# that nobody has trained. A table fails loudly; section 9 shows methods that go on and are wrong.
+# Keep that sentence for later. -->
 
 # %% slideshow={"slide_type": "fragment"} tags=["raises-exception"]
 learned = pos.LearnedPositions(max_positions=1024, dim=64)
@@ -144,6 +167,11 @@ learned(torch.tensor([1023, 1024]))
 # $$\begin{pmatrix}a'\\b'\end{pmatrix}=\begin{pmatrix}\cos m\theta_i&-\sin m\theta_i\\
 # \sin m\theta_i&\cos m\theta_i\end{pmatrix}\begin{pmatrix}a\\b\end{pmatrix}\qquad
 # \theta_i=\text{base}^{-2i/d}$$
+#
+# <!-- notes: Turn your arm at three speeds while you count tokens; silly, and remembered. Ask
+# before the figure where the hand of pair 0 stands at position 6: just short of a full turn. Common
+# question: why are values not turned? They are what is averaged. Ten minutes; `rotate_pairs` and
+# `rope_attention` in the laboratory. -->
 
 # %% slideshow={"slide_type": "fragment"}
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.8))
@@ -188,11 +216,16 @@ check("rope_attention")
 # Which two features are a pair? Meta's code takes neighbours, $(2i, 2i+1)$, as complex numbers.
 # transformers takes $(i, i+d/2)$, which needs no strided access:
 #
-# $$\text{RoPE}(x)=x\odot\cos+\text{rotate\_half}(x)\odot\sin,\qquad
-# \text{rotate\_half}(x_1,x_2)=(-x_2,x_1)$$
+# $$\text{RoPE}(x)=x\odot\cos+\text{rotate}\_\text{half}(x)\odot\sin,\qquad
+# \text{rotate}\_\text{half}(x_1,x_2)=(-x_2,x_1)$$
 #
 # **Question.** SmolLM2's weights are stored for halves. We run them with neighbours instead. Does
 # the model notice?
+#
+# <!-- notes: Write 0 1 2 3 4 5 6 7 on the board and draw both pairings with arcs. Votes split
+# between "error" and "no difference". Neither: 38 % of the attention goes to another token, and
+# nothing crashes. This is the first question of the discussion, the checkpoint that speaks
+# nonsense. `convert_weights` is for home. Eight minutes. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -212,8 +245,11 @@ print(f"with the other layout, attention that moves to another token: "
       f"{100 * (right - wrong).abs().sum(-1).mean() / 2:.0f} %")  # fmt: skip
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# The shapes agree, nothing crashes, and the model is broken. The cure is a permutation of the rows
-# of $W_Q$ and $W_K$, head by head; $W_V$ stays. It is what every converter of Llama weights does.
+# The shapes agree, nothing crashes, and the model is broken.
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# The cure is a permutation of the rows of $W_Q$ and $W_K$, head by head; $W_V$ stays. It is what
+# every converter of Llama weights does.
 
 # %% slideshow={"slide_type": "fragment"}
 weight = smollm2.model.layers[9].self_attn.q_proj.weight.detach()
@@ -240,6 +276,11 @@ check("convert_weights")
 #
 # **Question.** Does that survive float32? Here is one score, measured at distance 7 from many
 # starting points.
+#
+# <!-- notes: Do the one line on the board with complex numbers: conjugate, and m - n stands there.
+# Ask what could still go wrong in a computer; a large angle has few digits left after the point. In
+# float32 the score stays at 18 up to position 100,000. In bfloat16 token 257 would sit on 256.
+# Eight minutes, end of the first half. -->
 
 # %% slideshow={"slide_type": "fragment"}
 starts = torch.tensor([0, 10, 100, 1000, 10_000, 100_000])
@@ -273,6 +314,10 @@ check("relative_scores")
 #
 # A rotation is linear, and its transpose is the rotation back. So the gradient of RoPE is RoPE with
 # the sine's sign changed: no activation is kept for it, only the tables.
+#
+# <!-- notes: Three minutes. Ask for the transpose of a rotation before you say anything, and what
+# forward has to keep: nothing but the tables, which do not depend on the input. `rope_backward`,
+# ten minutes, in the laboratory. The usual slip there is to turn the gradient forwards. -->
 
 # %% slideshow={"slide_type": "fragment"}
 x = torch.randn(1, 2, 5, 8, requires_grad=True)
@@ -300,6 +345,10 @@ check("rope_backward")
 # score, $\frac{2}{d}\sum_i|S_i|$ with $S_i$ the partial sums of $e^{js\theta}$.
 #
 # **Question.** Does the bound fall *monotonically*?
+#
+# <!-- notes: Let them draw the curve. Almost everybody draws a smooth fall. It rises at 113 of 249
+# steps. Ask why: many hands with different speeds come together again now and then. Say clearly
+# that it is a bound for vectors which agree, no rule for trained heads. Eight minutes. -->
 
 # %% slideshow={"slide_type": "fragment"}
 distances = torch.arange(0.0, 250)
@@ -321,6 +370,14 @@ print("rises from one distance to the next at", int((bound.diff() > 0).sum()), "
 # ## 9. Beyond the training length
 #
 # **Question.** We train small models on 64 characters and let them read 512. Whose loss explodes?
+#
+# Three readers, two layers each, alike but for their positions: **RoPE**, **sinusoids** added to
+# the embedding, and **none** at all, with nothing but the causal mask.
+#
+# <!-- notes: Vote among the three; RoPE is expected to win, since it is relative. Within the
+# trained length it does, 1.9. Beyond it RoPE and sinusoids both stand at 2.7, and the model without
+# positions, worst at home with 2.4, is best abroad with 2.3. Nothing explodes; it gets quietly
+# worse. Twelve minutes with the slow pairs. -->
 
 # %% slideshow={"slide_type": "skip"}
 text = corpus()[:200_000]
@@ -401,7 +458,7 @@ def loss_by_position(model, scaling=None, length=512):
 readers = {kind: train(kind) for kind in ("rope", "sinusoids", "none")}
 
 # %% slideshow={"slide_type": "fragment"}
-figure, ax = plt.subplots()
+figure, ax = plt.subplots(figsize=(11, 3.3))
 for kind, colour in (("none", "black"), ("sinusoids", "vermilion"), ("rope", "blue")):
     losses = loss_by_position(readers[kind])
     smooth = losses.unfold(0, 16, 8).mean(1)
@@ -419,7 +476,8 @@ plt.show()
 # Every way of telling positions fails beyond the length that it was trained on; what was never
 # seen is not learned. RoPE is *defined* for every position, and that is all. (The model without
 # positions does not fail: it never learned much that depends on order.)
-#
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # The reason lies in the slow pairs. A pair that completed no full turn in training meets angles
 # beyond that are new. How many are those?
 
@@ -453,6 +511,11 @@ check("pairs_in_context")
 # - **YaRN** (Peng et al. 2023, arXiv 2309.00071): by turns, with a ramp between, and scores scaled
 #   by $(0.1\ln s+1)^2$.
 # - **Llama 3.1**: by wavelength, the same idea in other numbers.
+#
+# <!-- notes: Keep the four names for later; first ask what should happen to a fast pair and to a
+# slow one. Whoever says "leave the first, divide the second" has invented the last two. In the
+# figure, each curve is one answer: orange flat at 8, green bent, the others a step. Twelve minutes,
+# the end of the lecture. -->
 
 # %% slideshow={"slide_type": "fragment"}
 plain = pos.rope_frequencies(128, 500_000.0)
@@ -465,7 +528,7 @@ for name, kind, colour in (
 ):
     scaling = pos.RopeScaling(kind, 8.0, 8192)
     ax.plot(plain / pos.rope_frequencies(128, 500_000.0, scaling), color=style.COLOURS[colour])
-    at = {"linear": (2, 7.4), "ntk": (22, 2.6), "yarn": (29, 3.9), "llama3": (37, 6.9)}[kind]
+    at = {"linear": (2, 7.4), "ntk": (22, 2.6), "yarn": (26, 3.9), "llama3": (37, 6.9)}[kind]
     ax.text(*at, name, color=style.COLOURS[colour], ha="left")
 ax.set(xlabel="pair, fast to slow", ylabel="divided by", xlim=(0, 63), ylim=(0, 8.6))
 plt.show()
@@ -478,9 +541,13 @@ print(f"Llama 3.1: {unchanged} pairs unchanged, {divided} divided by 8, "
 # %% [markdown] slideshow={"slide_type": "subslide"}
 # **Question.** Without any further training, which of them lets our reader, trained on 64
 # characters, read 512?
+#
+# <!-- notes: Expect votes for interpolation, the simplest. It is the only one that spoils what the
+# model could do, 3.1 instead of 1.9 within 64. YaRN holds 2.0 in both places. What to say about
+# short texts is the third question of the discussion. -->
 
 # %% slideshow={"slide_type": "fragment"}
-figure, ax = plt.subplots()
+figure, ax = plt.subplots(figsize=(11, 2.4))
 for name, kind, colour in (
     ("as trained", "default", "black"),
     ("interpolation", "linear", "orange"),
@@ -496,7 +563,7 @@ for name, kind, colour in (
     )
 ax.axvspan(0, TRAINED, color="0.9", lw=0)
 ax.text(4, ax.get_ylim()[1], "trained", va="top", color="0.35")
-ax.set(xlabel="position", ylabel="loss, nats a character", xlim=(0, 512))
+ax.set(xlabel="position", ylabel="loss, nats\na character", xlim=(0, 512))
 style.label_lines(ax)
 plt.show()
 
@@ -514,7 +581,11 @@ check("stretched_frequencies")
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 11. Proof against production
 #
-# The same tables and rotations as transformers', bit for bit.
+# The same tables and rotations as transformers', bit for bit, for four kinds of scaling:
+#
+# <!-- notes: For home, or half a minute. Bit for bit is possible here because the order of
+# operations is the same as in transformers. Ask which of the four somebody's favourite model uses,
+# and where one reads that: `rope_parameters` in its configuration. -->
 
 # %% slideshow={"slide_type": "fragment"}
 from transformers import LlamaConfig  # noqa: E402
@@ -551,19 +622,26 @@ for parameters in (
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 12. Published figures, recomputed
+#
+# RoFormer's bound, the constants of position interpolation, YaRN and NTK, and Llama 3.1's context:
+#
+# <!-- notes: For home. Worth a minute if the class likes misprints: ask how many tokens "128k" is.
+# It is 131,072, a power of two; another number circulates. And the paper says "about 600" where we
+# find 589: rounding, and a reason to recompute. -->
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 at = torch.tensor([1.0, 10, 50, 100, 500, 1000, 4000])
 bound = pos.mean_partial_sum(at, pos.rope_frequencies(128))
-table(("RoFormer fig. 2, d = 128: distance", *[int(s) for s in at]),
-      ("bound (the paper prints a curve)", *[round(b, 1) for b in bound.tolist()]))  # fmt: skip
-print()
 extrapolation = (
     pos.extrapolation_bound(torch.arange(1.0, 4096), pos.rope_frequencies(128)).min() / 256
 )
 constant = 128 / pos.interpolation_bound(128)
 yarn = [pos.attention_factor(pos.RopeScaling("yarn", s, 2048)) for s in (2.0, 4.0, 8.0, 16.0)]
-table(
+curve = (
+    ("RoFormer fig. 2, d = 128: distance", *[int(s) for s in at]),
+    ("bound (the paper prints a curve)", *[round(b, 1) for b in bound.tolist()]),
+)
+recomputed = (
     ("", "published", "here"),
     ("interpolation's constant, 32 ln 10000", "294.73", f"{constant:.2f}"),
     ("how much below extrapolation's", "about 600", f"{2 * constant:.0f}"),
@@ -574,6 +652,11 @@ table(
      ", ".join(f"{pos.ntk_base(10000.0, 128, float(s)):.0f}" for s in (2, 4, 8))),
     ("Llama 3.1: context, 128k", "131,072", f"{2**17:,}"),
 )  # fmt: skip
+
+# %% slideshow={"slide_type": "fragment"}
+table(*curve)
+print()
+table(*recomputed)
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # "128k" is $2^{17}$. (148k, which circulates, is a misprint.)
@@ -587,9 +670,13 @@ table(
 #   of all positions, a learned table does not.)
 # - **Tables in half precision**, as in section 6: a model that gets worse the longer the text.
 # - **The wrong base in a config.** Nothing crashes, and on a short text the loss hardly shows it:
+#
+# <!-- notes: For home, or the last five minutes of the laboratory. Ask for each of the four: would
+# a test on one short sentence find it? The base is the worst, 3.7 instead of 3.6 with a base ten
+# times too small or too large. Ask what test would find it: a long text. -->
 
 
-# %% slideshow={"slide_type": "fragment"}
+# %% slideshow={"slide_type": "skip"}
 @torch.no_grad()
 def smollm2_loss(rope_base):
     rotary = smollm2.model.rotary_emb
@@ -600,6 +687,7 @@ def smollm2_loss(rope_base):
     return loss
 
 
+# %% slideshow={"slide_type": "fragment"}
 for rope_base in (100_000.0, 10_000.0, 1_000_000.0):
     print(f"SmolLM2 with base {rope_base:9,.0f}: loss {smollm2_loss(rope_base):.1f}")
 
@@ -616,3 +704,8 @@ for rope_base in (100_000.0, 10_000.0, 1_000_000.0):
 # **Further reading.** Su et al. 2021, *RoFormer* (arXiv 2104.09864); Chen et al. 2023, *Extending
 # context window by positional interpolation* (arXiv 2306.15595); Peng et al. 2023, *YaRN* (arXiv
 # 2309.00071); Press et al. 2021, *Train short, test long* (ALiBi, arXiv 2108.12409).
+#
+# <!-- notes: Students should be able to show that attention sees no order, to derive m - n in one
+# line, and to say which pairs of a head know no angle beyond the training length. Laboratory:
+# `sinusoidal_encoding`, `rotate_pairs`, `rope_backward`, `rope_attention`. Chapter 04 opens the box
+# that this one kept closed. -->
