@@ -16,7 +16,8 @@ FLAGS  := $(if $(FORCE),--force)
 step = @printf '\n== %s\n' "$(1)"
 
 .PHONY: help lab test lint types layers exercises-check notebooks-check tests shapes \
-        notebooks-test model oracles notebooks exercises slides handouts site bench clean
+        notebooks-test model oracles notebooks exercises slides slides-check handouts site \
+        site-check bench clean
 
 help:
 	@printf '%s\n' \
@@ -28,8 +29,10 @@ help:
 	  'make notebooks   notebooks/src/ -> notebooks/; NB="01_normalization ..." FORCE=1' \
 	  'make slides      notebooks/ -> slides/; NB="..."' \
 	  'make handouts    slides as PDF, where Chromium is; NB="..."' \
-  'make site        notebooks/, docs/ and the API -> site/, offline' \
-  'make bench       reference beside production code: time and memory' \
+	  'make slides-check   every slide in a browser: nothing cut off, overlapping or tiny' \
+	  'make site        notebooks/, docs/ and the API -> site/, offline' \
+	  'make site-check  every page in a browser, at desk and phone width' \
+	  'make bench       reference beside production code: time and memory' \
 	  'make clean       remove caches and slides; .venv, the model and your work stay'
 
 $(READY): pyproject.toml constraints.txt
@@ -121,8 +124,14 @@ slides: $(READY)
 handouts: slides
 	$(BIN)/python -m tools.build_handouts $(NB)
 
+slides-check: slides
+	$(BIN)/python -m tools.check_slides $(NB)
+
 site: $(READY)
 	$(BIN)/python -m tools.build_site
+
+site-check: site
+	$(BIN)/python -m tools.check_site
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, SITE = ROOT / "build" / "site", ROOT / "site"
+ONLY_TEXT = shutil.ignore_patterns("__pycache__", "*.orig.*")
 DRAFT = ROOT / "build" / "html" / "site"  # myst-nb leaves a folder of its own beside it
 
 
@@ -21,6 +22,7 @@ def main() -> int:
     (SOURCE / "notebooks").mkdir()
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         shutil.copy(notebook, SOURCE / "notebooks")
+    shutil.copytree(ROOT / "exercises", SOURCE / "exercises", ignore=ONLY_TEXT)
     write_api(SOURCE / "api")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html",
                "-d", str(ROOT / "build" / "doctrees"), str(SOURCE), str(DRAFT)]  # fmt: skip

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(bool(sandbox.unavailable()), reason=sandbox.unav
 
 @dataclass
 class HandedIn:
-    """A file, and what it must get: points for all but `refused`, and there this status and name."""
+    """A file, and what it must get: all points but for `refused`, with this status and name."""
 
     stem: str
     text: bytes

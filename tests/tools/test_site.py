@@ -2,13 +2,12 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tools import build_site
+from tools import build_site, check_site
+from tools.browser import find_browser
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,10 +31,40 @@ def test_the_glossary_has_each_term_once_in_both_languages():
 
 
 @pytest.mark.skipif(not os.environ.get("THOROUGH"), reason="takes minutes; THOROUGH=1 runs it")
-def test_builds_without_a_warning_and_fetches_nothing():
-    done = subprocess.run([sys.executable, "-m", "tools.build_site"], cwd=ROOT)
-    assert done.returncode == 0
-    fetched = re.compile(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"(https?:)?//[^\"]+")
-    for page in (ROOT / "site").rglob("*.html"):
-        found = [m.group(0) for m in fetched.finditer(page.read_text())]
-        assert not [f for f in found if 'rel="canonical"' not in f], page
+def test_builds_without_a_warning_and_reads_well_at_desk_and_phone():
+    assert build_site.main() == 0
+    assert check_site.main() == 0
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>a page</title>
+<article><p id="here">{words} <a href="{link}">on</a></p>{body}</article>"""
+FAULTS = {
+    "no missing.html": ("missing.html", ""),
+    "no place index.html#nowhere": ("index.html#nowhere", ""),
+    "px wide on a screen of 390": ("index.html", "<div style='width: 600px'>wide</div>"),
+    "asks for http://127.0.0.1:9/a.js": ("", "<script src='http://127.0.0.1:9/a.js'></script>"),
+    "went wrong": ("index.html#here", "<script>console.error('went wrong')</script>"),
+    "none of 1 formulas is drawn": ("", "<span class='math'>\\(x\\)</span>"),
+    "no picture": ("", "<img src='data:image/png;base64,AAAA'>"),
+}
+
+
+@pytest.mark.skipif(find_browser() is None, reason="needs Chromium or Chrome")
+def test_each_fault_of_a_site_is_found_on_its_page(tmp_path, capsys):
+    words = "words " * 30
+    (tmp_path / "index.html").write_text(PAGE.format(words=words, link="page0.html#here", body=""))
+    for number, (link, body) in enumerate(FAULTS.values()):
+        page = PAGE.format(words=words, link=link, body=body)
+        (tmp_path / f"page{number}.html").write_text(page)
+    (tmp_path / "search.html").write_text(PAGE.format(words="", link="", body=""))
+    assert check_site.main(tmp_path) == 1
+    told = capsys.readouterr().out.splitlines()
+    for number, fault in enumerate(FAULTS):
+        assert any(line.startswith(f"page{number}.html") and fault in line for line in told), fault
+    assert not [line for line in told if line.startswith("index.html")]
+    assert "search: nothing found for softmax" in told
+
+
+def test_rejects_a_site_that_is_not_built(tmp_path, capsys):
+    assert check_site.main(tmp_path) == 2
+    assert "`make site` builds it" in capsys.readouterr().err
