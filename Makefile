@@ -93,12 +93,12 @@ tests: $(READY) $(MODEL) $(ORACLES)
 CHECKER := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 
 # Left out: refusals, which the checker would make first; Triton, which compiles plain functions; the
-# simulated machine, whose source lines and random streams the checker disturbs.
+# simulated machine, whose source lines and random streams the checker disturbs; what is slow.
 shapes: export OMP_NUM_THREADS := 1
 shapes: export HF_HUB_OFFLINE := 1
 shapes: $(READY) $(MODEL) $(ORACLES)
 	$(call step,Tests of the reference again: shapes and types of every call checked)
-	$(BIN)/python -m pytest tests/reference -q -n $(JOBS) --dist worksteal -k "not rejects and not triton" \
+	$(BIN)/python -m pytest tests/reference -q -n $(JOBS) --dist worksteal -m "not slow" -k "not rejects and not triton" \
 	  --ignore=tests/reference/parallel/ranks --jaxtyping-packages='reference,$(CHECKER)'
 
 # Only nbval's own options apply, and an empty IPython profile: no settings of the user's.

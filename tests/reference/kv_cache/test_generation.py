@@ -28,6 +28,7 @@ def their_tokens(theirs, prompts, num_tokens, cache):
     return out[:, tokens.shape[1] :]
 
 
+@pytest.mark.slow
 def test_smollm2_matches_transformers_token_for_token():
     """64 greedy tokens after three prompts of different lengths, with both of their caches."""
     theirs, tokenizer = load_smollm2()

@@ -105,6 +105,7 @@ def truths():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(NUM_CASES))
 def test_matches_one_rank(seed, truths):
     case = draw(seed)
@@ -197,6 +198,7 @@ def train_sharded(comm, case):
     return whole_loss, whole(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(NUM_CASES // 2))
 def test_sharded_parameters_match_one_rank(seed, truths):
     """ZeRO-3 and HSDP with tensor, sequence and context parallelism."""

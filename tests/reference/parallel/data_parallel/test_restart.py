@@ -36,6 +36,7 @@ def train(comm, path=None, dies_at=None):
     return [p.detach().clone() for p in model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["simulated", "processes"])
 def test_goes_on_with_another_number_of_ranks(tmp_path, backend):
     path = tmp_path / "state.pt"

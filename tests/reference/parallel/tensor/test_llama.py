@@ -138,6 +138,7 @@ def test_matches_dtensor(sequence_parallel):
             assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_traffic_of_a_block_is_four_reductions(sequence_parallel):
     """Forward and backward of a block: 4 all-reduces of B T D, or the same bytes in halves."""

@@ -81,6 +81,7 @@ def test_products_match_the_whole(rows, inner, columns):
             assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_more_dimensions_send_less():
     """64 ranks, n = 64: counted bytes beside the closed forms."""
     n = 64

@@ -188,6 +188,7 @@ def test_traffic_is_that_of_zero_3():
         assert traffic.wire_bytes == 4 * elements_sent(num_parameters, 4, 2)
 
 
+@pytest.mark.slow
 def test_prefetch_buys_time_with_memory():
     """On the clock: "pre" hides all gathers but the first, "post" those behind a reduction."""
     seconds, units = {}, {}
@@ -227,6 +228,7 @@ def test_nothing_is_gathered_between_steps():
         assert held["optimizer_states"] == expected.optimizer_states + 6 * 4  # counts of steps
 
 
+@pytest.mark.slow
 def test_memory_of_8_billion_parameters_on_1024_ranks():
     """Shapes alone, from the meta device: 16 bytes a parameter, divided by the ranks."""
     config = LlamaConfig(

@@ -138,6 +138,7 @@ def test_ledgers_equal_the_formulas(stage):
         assert sent == 2 * elements_sent(num_parameters, world_size, stage)
 
 
+@pytest.mark.slow
 def test_figure_1_of_zero_from_the_ledgers():
     """64 ranks, a Llama of nearly 7.5 billion parameters in bfloat16 with AdamW in float32."""
     config = LlamaConfig(
@@ -165,6 +166,7 @@ def test_figure_1_of_zero_from_the_ledgers():
         assert held * 7.5 / num_parameters == pytest.approx(printed, abs=0.05)
 
 
+@pytest.mark.slow
 def test_stage_2_frees_gradients_during_backward():
     """Stage 1 holds all gradients at once, stage 2 those of two buckets and all parts."""
 
