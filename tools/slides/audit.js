@@ -8,7 +8,8 @@ function auditSlide() {
   const room = {left: 0, top: 0, right: innerWidth, bottom: innerHeight};
   const found = [];
   const tell = (what, text) => found.push(`${what}: ${text.trim().replace(/\s+/g, " ").slice(0, 60)}`);
-  const isSeen = node => node.checkVisibility({opacityProperty: true, visibilityProperty: true});
+  const isSeen = node => node.checkVisibility({opacityProperty: true, visibilityProperty: true})
+    && !(node.closest("details:not([open])") && !node.closest("summary"));
 
   // Everything with ink: lines of text, formulas, pictures.
   const ink = [];
