@@ -45,7 +45,7 @@ def slides(notebook: NotebookNode) -> str:
 
     logging.getLogger("traitlets").setLevel(logging.ERROR)  # it asks for images' alternative text
     notebook = notebook.copy()
-    notebook.cells = [_with_notes(cell) for cell in notebook.cells]
+    notebook.cells = [_for_a_room(cell) for cell in notebook.cells]
     exporter = SlidesExporter(
         template_name="slides",
         extra_template_basedirs=[str(TEMPLATES)],
@@ -56,10 +56,12 @@ def slides(notebook: NotebookNode) -> str:
     return page
 
 
-def _with_notes(cell: NotebookNode) -> NotebookNode:
-    if cell.cell_type != "markdown":
-        return cell
+def _for_a_room(cell: NotebookNode) -> NotebookNode:
+    """Notes go to the speaker, and what only the formatter reads goes away."""
     cell = cell.copy()
+    if cell.cell_type != "markdown":
+        cell.source = cell.source.replace("  # fmt: skip", "")
+        return cell
     cell.source = NOTES.sub(
         lambda found: f'\n<aside class="notes">\n\n{found[1]}\n\n</aside>\n', cell.source
     )
