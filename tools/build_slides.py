@@ -60,7 +60,7 @@ def _for_a_room(cell: NotebookNode) -> NotebookNode:
     """Notes go to the speaker, and what only the formatter reads goes away."""
     cell = cell.copy()
     if cell.cell_type != "markdown":
-        cell.source = cell.source.replace("  # fmt: skip", "")
+        cell.source = re.sub(r"  # (fmt: skip|noqa: \w+)$", "", cell.source, flags=re.MULTILINE)
         return cell
     cell.source = NOTES.sub(
         lambda found: f'\n<aside class="notes">\n\n{found[1]}\n\n</aside>\n', cell.source
