@@ -21,6 +21,8 @@ from torch import Tensor
 from reference.attention.dot_product import (
     Mask,
     attention_weights,
+    check_queries,
+    check_values,
     repeat_kv,
     scaled_dot_product_attention,
 )
@@ -39,13 +41,18 @@ def attention_backward(
 
     P is computed again rather than kept; all products in the inputs' dtype. A mask gets none.
 
-    Raises: ValueError where grad_out is not shaped as the output.
+    Raises: as `scaled_dot_product_attention`; ValueError for a grad_out not shaped as the output.
+    Source: arXiv 2205.14135, App. B.2.
     """
-    group_size = q.shape[1] // k.shape[1]
+    scale = check_queries(q, k, mask, scale)
+    check_values(k, v)
     expected = (*q.shape[:3], v.shape[3])
     if grad_out.shape != expected:
-        raise ValueError(f"grad_out: expected shape {expected}, got {tuple(grad_out.shape)}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+        raise ValueError(
+            f"grad_out: expected shape {expected}, got {tuple(grad_out.shape)}; "
+            "it is the gradient of the output"
+        )
+    group_size = q.shape[1] // k.shape[1]
     weights = attention_weights(q, k, mask, scale=scale)
     grad_v = weights.mT @ grad_out
     grad_weights = grad_out @ repeat_kv(v, group_size).mT
@@ -64,7 +71,13 @@ def softmax_backward(
 
 
 class AttentionFunction(torch.autograd.Function):
-    """`scaled_dot_product_attention(q, k, v, mask)` whose backward is `attention_backward`."""
+    """`scaled_dot_product_attention(q, k, v, mask)` whose backward is `attention_backward`.
+
+    Differentiable twice. Call .apply(q, k, v, mask), with None for no mask.
+
+    Raises: as `scaled_dot_product_attention`; in backward, ValueError where the mask wants a
+    gradient, as a learned bias does.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -73,6 +86,11 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.needs_input_grad[3]:
+            raise ValueError(
+                "mask: expected none that wants a gradient, since this backward has none for it; "
+                "pass mask.detach(), or use scaled_dot_product_attention under autograd"
+            )
         q, k, v, mask = ctx.saved_tensors
         return (*attention_backward(grad_outputs[0], q, k, v, mask), None)
 

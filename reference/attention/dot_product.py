@@ -33,14 +33,15 @@ def scaled_dot_product_attention(
     """Average `v` by the softmax of the scaled products of `q` and `k`.
 
     Key/value heads are repeated for the query heads that share them. A query that sees no key gets
-    zeros. Products and result in the dtype of `q`; the softmax in float32 at least. In float16 the
-    product overflows at 65504 before it is scaled: for inputs so large pass `q * s` and `scale=1`.
+    zeros. Products and result in the dtype of `q` (under autocast in autocast's, as torch's own);
+    the softmax in float32 at least. In float16 the product overflows at 65504 before it is scaled:
+    for inputs so large pass `q * s` and `scale=1`.
 
     Raises: ValueError for shapes that do not fit, TypeError for unequal or integer dtypes.
     Source: arXiv 1706.03762, eq. 1.
     """
     weights = attention_weights(q, k, mask, scale=scale)
-    _check_values(k, v)
+    check_values(k, v)
     weights = dropout(weights, dropout_rate, generator)
     return weights @ repeat_kv(v, q.shape[1] // v.shape[1])
 
@@ -63,8 +64,8 @@ def grouped_query_attention(
     Raises: as `scaled_dot_product_attention`.
     Source: arXiv 2305.13245, sec. 2.2.
     """
-    scale = _check(q, k, mask, scale)
-    _check_values(k, v)
+    scale = check_queries(q, k, mask, scale)
+    check_values(k, v)
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     groups = (num_kv_heads, num_heads // num_kv_heads)
     scores = torch.einsum("bkgtd,bksd->bkgts", q.unflatten(1, groups), k) * scale
@@ -84,7 +85,7 @@ def attention_weights(
 
     Raises: as `scaled_dot_product_attention`.
     """
-    scale = _check(q, k, mask, scale)
+    scale = check_queries(q, k, mask, scale)
     k = repeat_kv(k, q.shape[1] // k.shape[1])
     return masked_softmax(q @ k.mT * scale, mask)
 
@@ -137,7 +138,7 @@ def repeat_kv(x: Float[Tensor, "B K S d"], group_size: int) -> Float[Tensor, "B 
     return x if group_size == 1 else x.repeat_interleave(group_size, dim=1)
 
 
-def _check(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> float:
+def check_queries(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> float:
     """Refuse queries, keys and masks that do not fit; return the scale to use."""
     if q.ndim != 4 or k.ndim != 4:
         got = f"{tuple(q.shape)} and {tuple(k.shape)}"
@@ -177,7 +178,8 @@ def _check_mask(mask: Tensor | None, scores_shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_values(k: Tensor, v: Tensor) -> None:
+def check_values(k: Tensor, v: Tensor) -> None:
+    """Refuse values that do not fit the keys."""
     if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
         expected = (*k.shape[:3], "dv")
         raise ValueError(f"v: expected shape {expected} to fit k, got {tuple(v.shape)}")

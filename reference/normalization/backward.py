@@ -39,18 +39,21 @@ def layer_norm_backward(
 ) -> tuple[Float[Tensor, "... D"], Float[Tensor, " D"], Float[Tensor, " D"]]:
     """Gradients for x, weight and bias, from the two statistics that forward kept.
 
-    Computed in float32 at least. The first has the dtype of `x`, the others that of `weight` (of
-    `x` without one): they are what a weight of ones and a bias of zeros would receive.
+    Computed in float32 at least, under autocast too. The first has the dtype of `x`, the others
+    that of `weight` (of `x` without one): they are what a weight of ones and a bias of zeros would
+    receive.
 
-    Raises: ValueError for shapes that do not fit.
+    Raises: ValueError for shapes that do not fit, TypeError for an integer `x`.
+    Source: arXiv 1607.06450, eq. 4, differentiated.
     """
-    _check_grad(grad_output, x, weight)
+    _check_shapes(x, weight, grad_output=grad_output, mean=mean, rstd=rstd)
     wide = wide_dtype(x)
     grad, normalised = grad_output.to(wide), (x.to(wide) - mean).mul_(rstd)
     product = grad * normalised
     grad_weight, grad_bias = _over_tokens(product), _over_tokens(grad)
-    grad_x = (grad if weight is None else grad * weight) - _mean_of_weighted(grad, weight)
-    grad_x.addcmul_(normalised, _mean_of_weighted(product, weight), value=-1).mul_(rstd)
+    g, gx = _weighted(grad, product, weight)
+    g = g - g.mean(-1, keepdim=True)
+    grad_x = g.addcmul_(normalised, gx.mean(-1, keepdim=True), value=-1).mul_(rstd)
     dtype = x.dtype if weight is None else weight.dtype
     return grad_x.to(x.dtype), grad_weight.to(dtype), grad_bias.to(dtype)
 
@@ -63,18 +66,19 @@ def rms_norm_backward(
 ) -> tuple[Float[Tensor, "... D"], Float[Tensor, " D"]]:
     """Gradients for x and weight, from the one statistic that forward kept.
 
-    Dtypes as `layer_norm_backward`.
+    Dtypes as `layer_norm_backward`. In half precision the forward rounds the quotient before the
+    weight; the gradient takes that rounding for the identity, and x / rms unrounded.
 
-    Raises: ValueError for shapes that do not fit.
+    Raises: ValueError for shapes that do not fit, TypeError for an integer `x`.
     Source: arXiv 1910.07467, sec. 4.2.
     """
-    _check_grad(grad_output, x, weight)
+    _check_shapes(x, weight, grad_output=grad_output, rstd=rstd)
     wide = wide_dtype(x)
     grad, normalised = grad_output.to(wide), x.to(wide) * rstd
     product = grad * normalised
     grad_weight = _over_tokens(product)
-    g = grad if weight is None else grad * weight
-    grad_x = torch.addcmul(g, normalised, _mean_of_weighted(product, weight), value=-1).mul_(rstd)
+    g, gx = _weighted(grad, product, weight)
+    grad_x = torch.addcmul(g, normalised, gx.mean(-1, keepdim=True), value=-1).mul_(rstd)
     dtype = x.dtype if weight is None else weight.dtype
     return grad_x.to(x.dtype), grad_weight.to(dtype)
 
@@ -131,21 +135,28 @@ class RMSNormFunction(torch.autograd.Function):
         return grad_x, None if weight is None else grad_weight, None
 
 
-def _mean_of_weighted(t: Tensor, weight: Tensor | None) -> Tensor:
-    """mean(weight * t) of each token, as one matrix-vector product."""
-    if weight is None:
-        return t.mean(-1, keepdim=True)
-    return (t @ (weight.to(t.dtype) / weight.numel())).unsqueeze(-1)
+def _weighted(grad: Tensor, product: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """g and g x^, from dL/dy and dL/dy x^; the second is overwritten."""
+    return (grad, product) if weight is None else (grad * weight, product.mul_(weight))
 
 
 def _over_tokens(grad: Tensor) -> Tensor:
-    return grad.flatten(0, -2).sum(0) if grad.ndim > 1 else grad
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
-def _check_grad(grad_output: Tensor, x: Tensor, weight: Tensor | None) -> None:
+def _check_shapes(
+    x: Tensor, weight: Tensor | None, *, grad_output: Tensor, **statistics: Tensor
+) -> None:
     check_features(x, weight=weight)
     if grad_output.shape != x.shape:
         raise ValueError(
             f"grad_output: expected shape {tuple(x.shape)}, got {tuple(grad_output.shape)}; "
             "it is the gradient of the output, which is shaped as x"
         )
+    expected = (*x.shape[:-1], 1)
+    for name, statistic in statistics.items():
+        if statistic.shape != expected:
+            raise ValueError(
+                f"{name}: expected shape {expected}, got {tuple(statistic.shape)}; "
+                "one number for each token, as layer_norm_statistics and rms_norm_statistic give"
+            )

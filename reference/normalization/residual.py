@@ -8,6 +8,7 @@
 DeepNorm's alpha is fixed by depth, never learned, and multiplies the skip path; beta < 1 is the
 gain of the initial weights of the feed-forward, value and output projections.
 
+Shapes: D model width; everything before it is batch. The dtype is what norm and sublayer make it.
 Papers: Pre-LN and Post-LN, 2002.04745, table 1; Sandwich-LN, 2105.13290, sec. 2.4;
 DeepNorm, 2203.00555, fig. 2.
 """

@@ -46,6 +46,12 @@ def test_gradcheck(kv_heads, mask):
     assert torch.autograd.gradcheck(AttentionFunction.apply, (*inputs, mask))
 
 
+def test_gradgradcheck():
+    _, q, k, v = make_inputs(4, 2, 3, 4, 2)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradgradcheck(AttentionFunction.apply, (*inputs, causal_mask(3, 4)))
+
+
 def test_scale_is_passed_on():
     grad_out, q, k, v = make_inputs(4, 2, 3, 5, 4)
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -92,3 +98,28 @@ def test_rejects_grad_out():
     grad_out, q, k, v = make_inputs(2, 2, 4, 2, 3)
     with pytest.raises(ValueError, match=r"grad_out: expected shape \(2, 2, 4, 3\)"):
         attention_backward(grad_out[:, :1], q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda q, k, v: (q, k[:, :0], v[:, :0]), ValueError, "divides q's 4, got 0"),
+        (lambda q, k, v: (q[0], k[0], v[0]), ValueError, "split_heads makes it"),
+        (lambda q, k, v: (q, k, v[:, :1]), ValueError, "v: expected shape .2, 2, 5, 'dv'."),
+        (lambda q, k, v: (q, k, v.float()), TypeError, "v: expected torch.float64 as k"),
+    ],
+)
+def test_rejects_what_forward_rejects(change, error, message):
+    grad_out, *inputs = make_inputs(4, 2, 3, 5, 8)
+    with pytest.raises(error, match=message):
+        attention_backward(grad_out, *change(*inputs))
+
+
+def test_rejects_a_mask_that_wants_a_gradient():
+    _, q, k, v = make_inputs(2, 2, 3, 4, 2)
+    bias = torch.zeros(3, 4, dtype=q.dtype, requires_grad=True)
+    out = AttentionFunction.apply(q.requires_grad_(), k, v, bias)
+    with pytest.raises(ValueError, match="mask: expected none that wants a gradient"):
+        out.sum().backward()
+    AttentionFunction.apply(q, k, v, bias.detach()).sum().backward()
+    assert q.grad is not None

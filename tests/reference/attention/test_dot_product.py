@@ -105,9 +105,36 @@ def test_fully_masked_rows_match_torch(attend, kind):
 
 
 @both_forms
-def test_no_keys_at_all_give_zeros(attend):
+@pytest.mark.parametrize("mask", [None, causal_mask(5, 0)], ids=["none", "causal"])
+def test_no_keys_at_all_give_zeros(attend, mask):
     q, k, v = make_qkv(keys=0)
-    assert torch.equal(attend(q, k, v), torch.zeros_like(q))
+    assert torch.equal(attend(q, k, v, mask), torch.zeros_like(q))
+
+
+@both_forms
+def test_learned_bias_gets_the_gradient_that_torch_gives(attend):
+    q, k, v = make_qkv(kv_heads=6)
+    bias = torch.randn(6, 5, 7, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
+    bias[:, 2, 4:] = -torch.inf
+    outcomes = []
+    for function in (attend, F.scaled_dot_product_attention):
+        leaf = bias.clone().requires_grad_()
+        out = function(q, k, v, leaf)
+        outcomes.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+    for actual, expected in zip(*outcomes, strict=True):
+        assert_close(actual, expected)
+
+
+@both_forms
+def test_matches_torch_under_autocast(attend):
+    q, k, v = make_qkv(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = attend(q, k, v, causal_mask(5, 7))
+        expected = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=causal_mask(5, 7), enable_gqa=True
+        )
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    assert_close(actual, expected)
 
 
 @both_forms

@@ -228,6 +228,12 @@ def test_rejects_kv_heads(num_kv_heads):
         Attention(DIM, num_heads=HEADS, num_kv_heads=num_kv_heads)
 
 
+@pytest.mark.parametrize("num_heads", [0, -2])
+def test_rejects_no_heads(num_heads):
+    with pytest.raises(ValueError, match=f"num_heads: expected at least 1, got {num_heads}"):
+        Attention(DIM, num_heads=num_heads, num_kv_heads=1)
+
+
 def test_rejects_context_with_positions():
     layer, x = make_layer(), make_x()
     for extra in ({"cache": DynamicCache()}, {"rotate": torch.neg}):
