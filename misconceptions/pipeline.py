@@ -870,6 +870,48 @@ def pipeline_ranks_hold_all_layers(model, plan):
     return _first_rank(model, plan, layers=model["num_layers"])
 
 
+@misconception(
+    "first_rank_bytes",
+    "Each of your ZeRO stages divides one state and no other. The stages add up: stage 2 divides "
+    "gradients and optimizer states, stage 3 all three.",
+    see=PLANNING,
+)
+def zero_stages_do_not_add_up(model, plan):
+    stage = plan["zero_stage"]
+    return _first_rank(model, plan, zero_from=[s if s == stage else 4 for s in (3, 2, 1)])
+
+
+@misconception(
+    "first_rank_bytes",
+    "Each of your tensor ranks has the whole embedding. They divide it as they divide the layers: "
+    "each keeps a part of the vocabulary.",
+    see=PLANNING,
+)
+def tensor_ranks_hold_the_whole_embedding(model, plan):
+    return _first_rank(model, plan, ends=plan["tp"])
+
+
+@misconception(
+    "first_rank_bytes",
+    "The layer at work counts twice in your recomputation. Its input is among its 34 bytes, which "
+    "stand in place of the 2: 32 more.",
+    see=PLANNING,
+)
+def recomputation_keeps_an_input_twice(model, plan):
+    return _first_rank(model, plan, kept=(34, 2, 34))
+
+
+@misconception(
+    "first_rank_bytes",
+    "Your recomputation has a whole layer of each micro-batch in flight. A rank goes back through "
+    "one micro-batch at a time; of the others it keeps inputs alone.",
+    see=PLANNING,
+)
+def recomputes_all_micro_batches_at_once(model, plan):
+    at_work = 32 * min(plan["pp"], plan["num_micro"])
+    return _first_rank(model, plan, kept=(34, 2, at_work))
+
+
 @alternative("first_rank_bytes")
 def by_bytes_a_parameter(model, plan):
     tp, dp, stage = plan["tp"], plan["dp"], plan["zero_stage"]
@@ -901,7 +943,7 @@ def with_tensors(model, plan):
 def _search(
     model, cluster, num_sequences, *, memory=True, activations=True, in_flight=True, fast=False,
     bubble=-1, exchanges=4, gradients=True, sharded=True, passes=6, one_way=2, near_data=False,
-    least=False, micro_batches=True, tensor_divides=True,
+    least=False, micro_batches=True, tensor_divides=True, widest=None, each_micro=False,
 ):  # fmt: skip
     def all_reduce(num_bytes, ranks, stretch):
         is_near = fast or stretch <= cluster["ranks_per_node"]
@@ -909,7 +951,7 @@ def _search(
         return one_way * (ranks - 1) / ranks * num_bytes / bandwidth
 
     gpus, found = cluster["num_gpus"], []
-    for tp in range(1, gpus + 1):
+    for tp in range(1, (widest or gpus) + 1):
         for pp in range(1, gpus // tp + 1):
             dp, left = divmod(gpus, tp * pp)
             if left or model["dim"] % tp or model["num_layers"] % pp or num_sequences % dp:
@@ -924,7 +966,8 @@ def _search(
             micro += layers * exchanges * all_reduce(2 * stream, tp, tp)
             seconds = (m + (pp + bubble if bubble is not None else 0)) * micro
             if gradients:
-                seconds += all_reduce(2 * own, dp, dp if near_data else tp * dp)
+                times = m if each_micro else 1
+                seconds += times * all_reduce(2 * own, dp, dp if near_data else tp * dp)
             if not memory or size <= cluster["memory_bytes"]:
                 found.append((size if least else seconds, (tp, pp, dp), seconds))
     if not found:
@@ -1068,6 +1111,26 @@ def prefers_little_memory(model, cluster, num_sequences):
 )
 def tensor_ranks_keep_all_activations(model, cluster, num_sequences):
     return _search(model, cluster, num_sequences, tensor_divides=False)
+
+
+@misconception(
+    "fastest_plan",
+    "Your tensor groups never leave a node. That is a good rule where the network is slow; where "
+    "it is fast, or memory short, a wider group may win. Let the seconds decide.",
+    see=PLANNING,
+)
+def tensor_groups_stay_in_a_node(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, widest=cluster["ranks_per_node"])
+
+
+@misconception(
+    "fastest_plan",
+    "You sum gradients after each micro-batch. They are accumulated on the rank, and the dp copies "
+    "sum them once a step.",
+    see=PLANNING,
+)
+def sums_gradients_each_micro_batch(model, cluster, num_sequences):
+    return _search(model, cluster, num_sequences, each_micro=True)
 
 
 @alternative("fastest_plan")
