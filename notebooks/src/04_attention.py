@@ -383,7 +383,8 @@ axis.set_title("270 heads of SmolLM2: median, quartiles, 5 % and 95 %")
 plt.show()
 print("median entropy, bits:", *(f"{values.median():.1f}" for values in real.values()))
 print(f"spread of the trained scores: median {score_spread.median():.1f}, from "
-      f"{score_spread.min():.1f} to {score_spread.max():.1f} (1 for random q and k)")  # fmt: skip
+      f"{score_spread.min():.1f} to {score_spread.max():.1f} (1 for random q and k); "
+      f"above 1 in {int((score_spread > 1).sum())} of {len(score_spread)}")  # fmt: skip
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # The footnote describes a model at its *first* step. A trained head has left variance 1 behind,
@@ -516,10 +517,11 @@ for name, answer in answers.items():
     print(f"{name:40s} {kind}")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# NaN spreads: one such row, and after the next layer every query that reads it is NaN as well. The
-# mean of hidden values is silent and wrong. Zeros say "nothing was read". They must hold in
-# backward too: replacing NaN afterwards leaves NaN in the gradient. The reference lets an empty
-# row see everything for a moment and zeroes it after the softmax.
+# NaN spreads: one such row, and after the next layer every query is NaN, also those that must not
+# see it, for $0 \cdot \text{NaN}$ is NaN. The mean of hidden values is silent and wrong. Zeros say
+# "nothing was read". They must hold in backward too: replacing NaN afterwards leaves NaN in the
+# gradient. The reference lets an empty row see everything for a moment and zeroes it after the
+# softmax.
 #
 # <!-- notes: The first two give NaN, the third the mean of what must not be seen. Take the NaN
 # further: 0 times NaN is NaN, so a weight of zero does not protect the next layer. The repair by
@@ -1131,8 +1133,9 @@ print("KiB a token:", ", ".join(f"{name} {x / 1024:g}" for name, x in as_built.i
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **FLOPs.** The projections cost $2$ FLOPs a weight and token; the two products with the pairs of
-# tokens $4\,H\,d$ a pair. Sharing key/value heads saves bytes and projections. It does *not* save
-# score FLOPs: every query head still meets every key.
+# tokens $4\,H\,d$ a pair. (All pairs are counted; a causal kernel that skips what is hidden does
+# half of them, and the crossing moves to twice the length.) Sharing key/value heads saves bytes and
+# projections. It does *not* save score FLOPs: every query head still meets every key.
 #
 # <!-- notes: Ask what sharing heads does to the score FLOPs before you show the table: the two rows
 # of scores are equal. At 5,120 tokens scores overtake projections. Claims that attention's square
@@ -1272,8 +1275,8 @@ print(f"if time were a + b K: b = {each:.3f} s a head, and MQA would take {0.28 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # 8 times fewer bytes were 5.4 times faster; another 8 times fewer only 1.2 times more. With 8
 # heads the cache is apparently no longer what the step waits for, so that the rest of the quality
-# is cheap to keep. A straight line through the first two points predicts too much: the model of
-# "time = bytes" is wrong where bytes are few.
+# is cheap to keep. A straight line through the first two points predicts too much speed: the model
+# of "time = bytes" is wrong where bytes are few.
 #
 # <!-- notes: Have the room fit the line through 64 and 8 heads on the board, and predict 1 head:
 # 0.13 s. Measured 0.24. Ask what else takes time then. A good place to say that a model of cost is

@@ -294,16 +294,18 @@ def gradients_over_time(comm, stage):
     zero = Zero(model, comm, stage, torch.optim.AdamW, bucket_bytes=2**17)
     loss_of(model, rows_of(comm)).backward()
     zero.reduce_gradients()
+    return comm.memory.use.current["gradients"]
 
 
 fig, ax = plt.subplots(figsize=(9, 3.1))
 most = {}
 for stage, colour in ((1, "vermilion"), (2, "blue")):
-    samples = run(
-        4, lambda comm, stage=stage: gradients_over_time(comm, stage), hardware=CLASSROOM
-    ).trace.memory_samples(0)
+    done = run(4, lambda comm, stage=stage: gradients_over_time(comm, stage), hardware=CLASSROOM)
+    samples = done.trace.memory_samples(0)  # of each instant the most
     times = [s.seconds * 1e6 for s in samples]
     sizes = [s.by_category["gradients"] / 1e3 for s in samples]
+    left = done.results[0] / 1e3
+    times, sizes = [*times, times[-1]], [*sizes, left]
     ax.plot(
         times, sizes, drawstyle="steps-post", color=style.COLOURS[colour], label=f"stage {stage}"
     )
@@ -314,11 +316,11 @@ ax.set(xlabel="virtual time (µs)", ylabel="gradients held by rank 0 (kB)", ylim
 style.label_lines(ax)
 plt.show()
 print(f"at most: stage 1 {most[1]:.0f} kB, stage 2 {most[2]:.0f} kB; "
-      f"all gradients {4 * num_parameters / 1e3:.0f} kB")  # fmt: skip
+      f"all gradients {4 * num_parameters / 1e3:.0f} kB; at the end {left:.0f} kB")  # fmt: skip
 assert most[2] < 0.7 * most[1]
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# What is left at the end of backward is a quarter: the part. The humps are buckets on their way.
+# What is left at the end is a quarter: the part. The humps are buckets on their way.
 # A reduction runs beside backward, so its buffer must live until it ends; `GradientReducer` lets
 # one be under way at a time.
 #
