@@ -3,6 +3,7 @@
 import traceback
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from autograder.student import Student, StudentError, with_replacement
 from autograder.workspace import Chapter
 
 Failure = Callable[[BaseException], None]
+MAX_MESSAGE = 4000
 
 
 def grade(
@@ -80,13 +82,25 @@ def grade_student(
     return ExerciseResult(
         chapter.stem,
         exercise.name,
-        tuple(results),
+        tuple(_with_values(results)),
         tuple(exercise.hints),
         f"{chapter.notebook}, {exercise.see}",
         "\n".join(dict.fromkeys(student.printed)),
         diagnosis,
         exercise.kind == "repair",
     )
+
+
+def _with_values(results: list[CheckResult]) -> list[CheckResult]:
+    """A measurement counts only beside a right value: returning nothing allocates nothing."""
+    values = [r for r in results if not r.is_measured]
+    if not values or any(r.status == PASSED for r in values):
+        return results
+    message = "What this check measures counts once a check of values passes."
+    return [
+        replace(r, status=refusals.WRONG_VALUE, message=message) if r.status == PASSED else r
+        for r in results
+    ]
 
 
 def run_checks(
@@ -106,6 +120,7 @@ def run_checks(
         num_calls, num_spies = len(student.calls), num_entered()
         student.begin(exercise.seconds)
         status, message = _run(grader, exercise, check, student, seed, on_failure)
+        message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " ..."
         student.refused += student.calls[num_calls:] if status != PASSED else []
         is_measured = exercise.is_measured or num_entered() > num_spies
         results.append(

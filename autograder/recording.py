@@ -65,7 +65,7 @@ def fingerprint(value: Any) -> bytes:
     """Bytes that are equal where two values are: contents, shapes, strides and dtypes."""
     digest = hashlib.blake2b(digest_size=16)
     for part in _parts(value):
-        digest.update(part)
+        digest.update(len(part).to_bytes(8, "little") + part)
     return digest.digest()
 
 
@@ -86,7 +86,7 @@ def _parts(value: Any) -> Iterator[bytes]:
 
 
 def unchanged(value: Any, before: Any) -> bool:
-    """Whether tensors in `value` still hold what `before` (its snapshot) holds, bit for bit."""
+    """Whether `value` still holds what `before` (its snapshot) holds, tensors bit for bit."""
     with _without_spies():
         return _same(value, before)
 
@@ -98,6 +98,8 @@ def _same(value: Any, before: Any) -> bool:
         return len(value) == len(before) and all(map(_same, value, before))
     if type(value) is dict:
         return value.keys() == before.keys() and all(_same(value[k], before[k]) for k in value)
+    if type(before) in (int, float, str, bool, type(None)):
+        return type(value) is type(before) and (value == before or before != before)
     return True
 
 

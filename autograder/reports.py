@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,21 @@ def write_junit(results: Sequence[ExerciseResult], path: Path) -> None:
         suite = TestSuite(chapter)
         for result in (r for r in results if r.chapter == chapter):
             for check in result.checks:
-                case = TestCase(check.says, f"{chapter}.{result.exercise}")
+                case = TestCase(_xml(check.says), f"{chapter}.{result.exercise}")
                 if check.status == refusals.NOT_RUN:
                     case.result = [Skipped(check.status)]
                 elif check.status != PASSED:
                     named = f"Diagnosis: {result.diagnosis.name}. " if result.diagnosis else ""
-                    case.result = [Failure(named + check.message, check.status)]
+                    case.result = [Failure(_xml(named + check.message), check.status)]
                 suite.add_testcase(case)
         document.add_testsuite(suite)
     document.update_statistics()
     document.write(str(path), pretty=True)
+
+
+def _xml(text: str) -> str:
+    """Text without the characters that XML 1.0 has no way to write."""
+    return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
 
 
 def classroom_output(results: Sequence[ExerciseResult]) -> str:

@@ -45,8 +45,9 @@ class _Spy(TorchDispatchMode):
 class largest_new_tensor(_Spy):
     """Watch every torch operation in the block; `bytes` is the largest storage that one created.
 
-    Views cost nothing: only storages that did not exist when the operation began count. Operations
-    of autograd's backward are seen as well. `total_bytes` adds all fresh storages up.
+    Views cost nothing: only storages count that did not exist when the operation began, or that it
+    made larger. Operations of autograd's backward are seen as well. `total_bytes` adds all fresh
+    storages up.
     """
 
     def __init__(self) -> None:
@@ -59,11 +60,13 @@ class largest_new_tensor(_Spy):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        known = {_storage(t) for t in _tensors((args, kwargs))}
+        given = list(_tensors((args, kwargs)))
+        known = {_storage(t): t.untyped_storage().nbytes() for t in given}
         out = func(*args, **kwargs)
-        for tensor in _tensors(out):
-            if _storage(tensor) not in known:
-                size = tensor.untyped_storage().nbytes()
+        for tensor in [*_tensors(out), *given]:
+            size = tensor.untyped_storage().nbytes()
+            if size > known.setdefault(_storage(tensor), 0):
+                known[_storage(tensor)] = size
                 self.total_bytes += size
                 if size > self.bytes:
                     self.bytes, self.shape = size, tuple(tensor.shape)

@@ -9,9 +9,12 @@ Nothing is executed and no link is followed. What cannot be taken is reported as
 """
 
 import hashlib
+import lzma
 import re
 import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,8 @@ from pathlib import Path
 MAX_FILE_BYTES = 2**20
 MAX_DEPTH = 4
 MAX_MEMBERS = 10_000
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, RuntimeError,
+           NotImplementedError, EOFError, ValueError)  # fmt: skip
 MOODLE = re.compile(r"(?P<name>.+)_(?P<id>\d+)_assignsubmission_\w+_?")
 CANVAS = re.compile(r"(?P<name>[^_]+)_(LATE_)?(?P<id>\d+)_\d+_(?P<file>.+)")
 AGAIN = re.compile(r"(-\d+| \(\d+\))?\.py$")  # what Canvas and browsers add to a second upload
@@ -95,7 +100,7 @@ def _read(path: Path, student: str, number: str, stem: str) -> tuple[float, Subm
     facts = path.lstat()
     problem = ""
     if not stat.S_ISREG(facts.st_mode):
-        problem = f"{path.name}: not a file (links are not followed)"
+        problem = f"{_clean(path.name)}: not a file (links are not followed)"
     elif facts.st_size > MAX_FILE_BYTES:
         problem = f"{path.name}: {facts.st_size:,} bytes, at most {MAX_FILE_BYTES:,} are taken"
     text = b"" if problem else path.read_bytes()
@@ -118,8 +123,8 @@ def _of_archive(
                 if len(text) > MAX_FILE_BYTES:
                     problem, text = f"{name}: more than {MAX_FILE_BYTES:,} bytes", b""
                 yield float(order), Submission(student, stem, text, number, problem)
-    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, EOFError) as error:
-        yield 0.0, Submission(student, "", b"", number, f"{path.name}: {error}")
+    except DAMAGED as error:
+        yield 0.0, Submission(student, "", b"", number, _clean(f"{path.name}: {error}"))
 
 
 def _named(pattern: re.Pattern[str], name: str) -> tuple[str, str]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from autograder import refusals
 from autograder.diagnosis import Memory
 from autograder.engine import grade_student, refuse_all
-from autograder.isolation.remote import RemoteSubmission
+from autograder.isolation.remote import GRACE_SECONDS, RemoteSubmission
 from autograder.isolation.sandbox import Layers
 from autograder.isolation.tampering import suspicions
 from autograder.isolation.workers import Workers
-from autograder.limits import OutOfTime
+from autograder.limits import OutOfTime, time_limit
 from autograder.refusals import Refusal
 from autograder.results import PASSED, CheckResult, ExerciseResult
 from autograder.student import IMPORT_SECONDS, load_module
@@ -70,12 +70,14 @@ class IsolatedGrader:
     def _graded(
         self, prepared: _Prepared, submission: RemoteSubmission, text: bytes, seed: int
     ) -> list[ExerciseResult]:
-        results, doubts = [], suspicions(text)
+        results: list[ExerciseResult] = []
+        doubts: list[str] | None = None
         failed: Refusal | None = None
         for exercise in prepared.chapter.exercises:
             if failed is None:
                 try:
-                    student = submission.student(exercise)
+                    with time_limit(IMPORT_SECONDS + GRACE_SECONDS):
+                        student = submission.student(exercise)
                 except Refusal as refusal:
                     failed = refusal
                 except OutOfTime:
@@ -92,7 +94,10 @@ class IsolatedGrader:
             result = grade_student(
                 prepared.chapter, exercise, student, prepared.adapters, seed=seed, memory=memory
             )
-            results.append(_without_unverified(result, doubts))
+            if any(c.status == PASSED and c.is_measured for c in result.checks):
+                doubts = _doubts(text) if doubts is None else doubts
+                result = _without_unverified(result, doubts)
+            results.append(result)
         return results
 
     def _prepare(self, stem: str) -> _Prepared:
@@ -104,6 +109,14 @@ class IsolatedGrader:
                 load_chapter(self.root, stem), given, load_module(path, f"exercises/{stem}.py")
             )
         return self._prepared[stem]
+
+
+def _doubts(text: bytes) -> list[str]:
+    try:
+        with time_limit(IMPORT_SECONDS):
+            return suspicions(text)
+    except (OutOfTime, MemoryError):
+        return ["it takes too long to read"]
 
 
 def _without_unverified(result: ExerciseResult, doubts: list[str]) -> ExerciseResult:

@@ -25,6 +25,7 @@ from autograder.recording import _without_spies
 MAX_NESTING = 60
 MAX_GRAPHS = 256
 MAX_TEXT = 4000
+MAX_RAISED = 8
 
 PACKAGE = str(Path(__file__).parents[1])
 
@@ -117,7 +118,8 @@ class Peer:
             self.on_spent(float(work))
 
     def _error_of(self, header: dict[str, Any]) -> BaseException:
-        kept = self._raised.get(header.get("again", -1)) if self._is_trusted else None
+        again = header.get("again")
+        kept = self._raised.get(again) if self._is_trusted and type(again) is int else None
         if kept is not None:
             return kept
         types = [str(t)[:80] for t in _list_of(header.get("e"))[:20]]
@@ -195,11 +197,11 @@ class Peer:
         kwargs = request.value(header.get("k"))
         if type(kwargs) is not dict or not all(type(k) is str for k in kwargs):
             raise WireError("keywords: expected names")
+        function, given, known = self._target(header.get("f"))
         before = _contents(request.tensors)
         outline = _outline([args, kwargs])
         asked_from = _checked_place(header.get("at"))  # noqa: F841  (ranks quote it in messages)
         try:
-            function, given, known = self._target(header.get("f"))
             with torch.set_grad_enabled(header.get("grad") is True):
                 value = function(*args, **kwargs)
         except WireError:
@@ -265,8 +267,11 @@ class Peer:
             header["e"] = [t.__name__ for t in type(error).__mro__]
             header["s"], header["x"] = _text(error), explained(error)
         if self._is_trusted:
-            self._raised[len(self._raised)] = error
-            header["again"] = len(self._raised) - 1
+            self._count += 1
+            self._raised[self._count] = error
+            header["again"] = self._count
+            while len(self._raised) > MAX_RAISED:
+                del self._raised[next(iter(self._raised))]
         elif type(again := getattr(error, "again", None)) is int:
             header["again"] = again
         message = Encoder()

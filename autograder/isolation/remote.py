@@ -20,6 +20,9 @@ from autograder.student import IMPORT_SECONDS, Student, with_replacement
 GRACE_SECONDS = 20.0
 MAX_CHECK_BYTES = 2**30
 MAX_RANKS = 64
+# What a frame that is well-formed but makes no sense raises while it is taken in.
+MALFORMED = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError,
+             OverflowError, RecursionError, MemoryError)  # fmt: skip
 
 
 class RemoteStudent(Student):
@@ -101,16 +104,31 @@ class RemoteSubmission:
             peer = Peer(channel, {}, _exported, is_trusted=True)
             self._peers[place] = process, peer
             self._limit(peer)
-            loaded = self.ask(place, "load", [self._shown, self._text.decode("latin-1"),
-                                              self._given])  # fmt: skip
-            self._check_loaded(peer, loaded)
+            try:
+                self._check_loaded(peer, self._loaded(place))
+            except BaseException:
+                if place in self._peers:
+                    self._end(place)
+                raise
         return self._peers[place][1]
+
+    def _loaded(self, place: int) -> Any:
+        """What the worker says of its import. It never raises there, unless somebody forges it."""
+        given = [self._shown, self._text.decode("latin-1"), self._given]
+        try:
+            return self.ask(place, "load", given)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, Refusal):
+                raise
+            message = f"{self._shown} does not import: {type(error).__name__}."
+            raise Refusal(refusals.IMPORT_FAILED, message) from None
 
     def _check_loaded(self, peer: Peer, loaded: Any) -> None:
         if type(loaded) is not dict or type(loaded.get("names")) is not list:
             raise Refusal(refusals.IMPORT_FAILED, f"{self._shown} gave no list of its functions.")
         if loaded.get("refused"):
-            kind, message = loaded["refused"]
+            refused = loaded["refused"]
+            message = refused[-1] if type(refused) is list and refused else "It was refused."
             raise Refusal(refusals.IMPORT_FAILED, str(message)[:4000])
         peer.names = [n for n in loaded["names"] if type(n) is str]  # type: ignore[attr-defined]
 
@@ -131,11 +149,12 @@ class RemoteSubmission:
         except Closed:
             status = self._end(place)
             raise Refusal(refusals.CRASHED, _told_end(status)) from None
-        except WireError as error:
+        except (WireError, *MALFORMED) as error:
             self._end(place)
+            what = error if isinstance(error, WireError) else type(error).__name__
             raise Refusal(
                 refusals.CRASHED,
-                f"What came back is no value that a function can return here ({error}).",
+                f"What came back is no value that a function can return here ({what}).",
             ) from None
 
     def _end(self, place: int) -> int:

@@ -55,7 +55,26 @@ REFUSED = {
     "mknodat": (259, 33), "rename": (82, -1), "renameat": (264, 38), "renameat2": (316, 276),
     "link": (86, -1), "linkat": (265, 37), "symlink": (88, -1), "symlinkat": (266, 36),
     "unlink": (87, -1), "unlinkat": (263, 35), "rmdir": (84, -1), "truncate": (76, 45),
+    "lchown": (94, -1), "fchmodat2": (452, 452), "utime": (132, -1), "utimes": (235, -1),
+    "futimesat": (261, -1), "removexattr": (197, 14), "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16), "setxattrat": (463, 463), "removexattrat": (466, 466),
+    "file_setattr": (469, 469), "inotify_init": (253, -1), "inotify_add_watch": (254, 27),
+    "fanotify_init": (300, 262), "fanotify_mark": (301, 263), "shmctl": (31, 195),
+    "semctl": (66, 191), "semop": (65, 193), "semtimedop": (220, 192), "msgsnd": (69, 189),
+    "msgrcv": (70, 188), "msgctl": (71, 187), "mq_unlink": (241, 181), "syslog": (103, 116),
+    "sched_setattr": (314, 274), "sched_setparam": (142, 118), "ioprio_set": (251, 30),
+    "setsid": (112, 157), "setpgid": (109, 154), "mount_setattr": (442, 442),
+    "fsconfig": (431, 431), "fspick": (433, 433), "open_tree_attr": (467, 467),
+    "move_pages": (279, 239), "migrate_pages": (256, 238), "process_mrelease": (448, 448),
+    "setresuid": (117, 147), "setresgid": (119, 149), "quotactl": (179, 60), "uselib": (134, -1),
 }  # fmt: skip
+# Calls that pass with these values of one argument alone: numbers, the argument's place, values.
+ONLY = (
+    ((302, 261), 16, (0,)),  # prlimit64: of itself
+    ((72, 25), 24, (0, 1, 2, 3, 4, 1030, 1032)),  # fcntl: no locks, owners, signals, leases
+    ((16, 29), 24, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),  # ioctl: what files need
+)
+PRCTL, PRCTL_REFUSED = (157, 167), (1, 4)  # the parent's death, dumpable
 # Of these the flags say whether anything is written.
 OPEN, OPENAT, OPENAT2 = (2, -1), (257, 56), (437, 437)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -138,6 +157,7 @@ def enter(readable: list[Path], closed_by: Layers, *, memory_bytes: int) -> None
     _limit(memory_bytes)
     if closed_by.other_user:
         become_nobody()
+        die_with_parent()  # the change of user has undone it
     _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     _check(_libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
     if closed_by.landlock:
@@ -170,7 +190,7 @@ def _limit(memory_bytes: int) -> None:
     for what, bound in (
         (resource.RLIMIT_AS, bytes_mapped + memory_bytes),
         (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CORE, 1),  # 0 would still feed a core_pattern that is a program
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_NPROC, 512),
         (resource.RLIMIT_MEMLOCK, 0),
@@ -224,6 +244,13 @@ def _filter_calls() -> None:
         if call[column] >= 0:
             program += [(equal, 0, 4, call[column]), (load, 0, 0, flags), (any_bit, 0, 1, WRITES),
                         (give, 0, 0, errno | EACCES), (load, 0, 0, 0)]  # fmt: skip
+    for numbers, place, values in ONLY:
+        program += [(equal, 0, len(values) + 3, numbers[column]), (load, 0, 0, place)]
+        program += [(equal, len(values) - i, 0, v) for i, v in enumerate(values)]
+        program += [(give, 0, 0, errno | EPERM), (load, 0, 0, 0)]
+    program += [(equal, 0, 5, PRCTL[column]), (load, 0, 0, 16), (equal, 1, 0, PRCTL_REFUSED[0]),
+                (equal, 0, 1, PRCTL_REFUSED[1]), (give, 0, 0, errno | EPERM),
+                (load, 0, 0, 0)]  # fmt: skip
     # A process may signal its own threads (abort does).
     program += [(equal, 0, 3, TGKILL[column]), (load, 0, 0, 16), (equal, 1, 0, os.getpid()),
                 (give, 0, 0, errno | EPERM), (load, 0, 0, 0)]  # fmt: skip

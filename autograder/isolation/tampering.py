@@ -30,6 +30,19 @@ ATTRIBUTES = frozenset({
     "__getattribute__", "__torch_dispatch__", "__torch_function__", "__reduce__", "gi_frame",
     "f_back", "f_globals", "f_locals", "tb_frame", "cr_frame", "utils", "modules",
 })  # fmt: skip
+# Modules that reach the interpreter: met under any name, also as what another module imported.
+MACHINERY = frozenset({
+    "builtins", "bltns", "sys", "_sys", "os", "_os", "posix", "io", "_io", "gc", "inspect",
+    "importlib", "ctypes", "types", "subprocess", "socket", "threading", "_thread", "traceback",
+    "linecache", "dis", "marshal", "pickle", "mmap", "weakref", "atexit", "pdb", "code", "codeop",
+    "runpy", "pkgutil", "zipimport", "faulthandler", "tracemalloc", "asyncio", "multiprocessing",
+    "shutil", "tempfile", "pathlib", "resource", "autograder", "spies",
+})  # fmt: skip
+# What fetches an attribute whose name is a text.
+BY_NAME = frozenset({
+    "attrgetter", "methodcaller", "Formatter", "get_field", "get_type_hints", "ForwardRef",
+})  # fmt: skip
+SELF = frozenset({"self", "cls", "ctx"})
 DUNDERS = frozenset({
     "__init__", "__call__", "__name__", "__doc__", "__len__", "__iter__", "__next__", "__enter__",
     "__exit__", "__getitem__", "__post_init__", "__repr__", "__file__", "__main__",
@@ -57,11 +70,14 @@ def _of(node: ast.AST) -> list[str]:
         module = node.module or "."
         names = [f"{module}.{a.name}" for a in node.names]
         return [f"from {module} import {n.rpartition('.')[2]}" for n in names
-                if not _is_ordinary(module) or not _is_ordinary(n) or node.level]  # fmt: skip
+                if not _is_ordinary(module) or not _is_ordinary(n) or node.level
+                or _reaches(n.rpartition(".")[2])]  # fmt: skip
     if isinstance(node, ast.Name) and (node.id in NAMES or _is_dunder(node.id)):
         return [node.id]
-    if isinstance(node, ast.Attribute) and (node.attr in ATTRIBUTES or _is_dunder(node.attr)):
+    if isinstance(node, ast.Attribute) and _reaches(node.attr, node.value):
         return [f".{node.attr}"]
+    if isinstance(node, ast.MatchClass):
+        return [f"{name}=" for name in node.kwd_attrs if _reaches(name)]
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("__"):
         return [] if node.name in DUNDERS else [f"def {node.name}"]
     return []
@@ -96,6 +112,16 @@ def _patches(node: ast.AST, modules: set[str]) -> list[str]:
         base = base.func if isinstance(base, ast.Call) else base.value
     is_import = isinstance(base, ast.Name) and base.id in modules
     return [f"{ast.unparse(node)} = "] if is_import else []
+
+
+def _reaches(attribute: str, base: ast.expr | None = None) -> bool:
+    """Whether an attribute leads out of tensors and numbers; private ones of oneself do not."""
+    if attribute == "eval":  # of a module; the builtin is reached by its name alone
+        return False
+    if attribute in ATTRIBUTES | NAMES | MACHINERY | BY_NAME or _is_dunder(attribute):
+        return True
+    is_own = isinstance(base, ast.Name) and base.id in SELF
+    return attribute.startswith("_") and not attribute.startswith("__") and not is_own
 
 
 def _is_dunder(name: str) -> bool:

@@ -25,6 +25,7 @@ MAX_FRAME_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_DEPTH = 40
 MAX_DIMS = 16
+MAX_PAIRS = 10_000  # of all dicts in a frame: keys may collide
 DTYPES = {
     str(d).removeprefix("torch."): d
     for d in (
@@ -157,10 +158,11 @@ class Decoder:
         self._own, self._resolve = own or [], resolve
         self.tensors: list[Tensor] = []
         self.generators: list[torch.Generator] = []
+        self._bytes_left, self._pairs_left = MAX_FRAME_BYTES, MAX_PAIRS
         place = 4 + length
         for facts in _listed(header.get("tensors", [])):
             tensor, place = _tensor_at(frame, place, facts)
-            self.tensors.append(tensor)
+            self.tensors.append(self._charged(tensor))
         if place != len(frame):
             raise WireError("frame: bytes left over")
 
@@ -182,15 +184,18 @@ class Decoder:
         if tag == "d":
             return self._dict(inner, depth)
         if tag == "x":
-            return _at(self.tensors, inner)
+            return self._charged(_at(self.tensors, inner))
         if tag == "p":
-            return _at(self._own, inner)
-        if tag == "y" and inner in DTYPES:
+            return self._charged(_at(self._own, inner))
+        if tag == "y" and type(inner) is str and inner in DTYPES:
             return DTYPES[inner]
         if tag == "v" and inner == "cpu":
             return torch.device("cpu")
         if tag == "i" and type(inner) is str and len(inner) < 4000:
-            return int(inner, 16)
+            try:
+                return int(inner, 16)
+            except ValueError:
+                raise WireError("value: not a number") from None
         if tag == "g":
             return self._generator(inner)
         if tag == "o" and type(inner) is str:
@@ -199,8 +204,18 @@ class Decoder:
             return self._resolve(encoded)
         raise WireError(f"value: unknown tag {str(tag)[:20]!r}")
 
+    def _charged(self, tensor: Tensor) -> Tensor:
+        """A frame says little and may mean much: views of one number, one tensor many times."""
+        self._bytes_left -= tensor.numel() * tensor.element_size()
+        if self._bytes_left < 0:
+            raise WireError(f"tensors: more than {MAX_FRAME_BYTES:,} bytes in all")
+        return tensor
+
     def _dict(self, pairs: Any, depth: int) -> dict[Any, Any]:
         made = {}
+        self._pairs_left -= len(_listed(pairs))
+        if self._pairs_left < 0:
+            raise WireError(f"dicts: more than {MAX_PAIRS:,} entries in all")
         for pair in _listed(pairs):
             key, value = (self.value(v, depth + 1) for v in _listed(pair, 2))
             try:

@@ -11,6 +11,8 @@ from typing import Any
 from autograder.isolation import namespace, sandbox
 from autograder.isolation.channel import Channel
 
+HOST_SECONDS = 120.0
+
 
 class Workers:
     """Forks workers from one host process, and ends them. Use as a context manager.
@@ -30,6 +32,7 @@ class Workers:
             layers = sandbox.layers()
         ours, theirs = socket.socketpair()
         self._control = ours
+        ours.settimeout(HOST_SECONDS)
         package = str(Path(__file__).parents[2])
         command = [sys.executable, "-s", "-m", "autograder.isolation.host", str(theirs.fileno()),
                    str(root), *(name for name, is_on in vars(layers).items() if is_on)]  # fmt: skip
@@ -37,7 +40,7 @@ class Workers:
             command = namespace.inside(command, self._places(root, Path(package)))
         self._host = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=clean_environment(package), cwd=root,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         theirs.close()
         self._processes: dict[int, Channel] = {}
@@ -87,16 +90,22 @@ class Workers:
 
     def _command(self, command: dict[str, Any], descriptors: list[int] | None = None) -> Any:
         data = json.dumps(command).encode()
-        socket.send_fds(self._control, [data], descriptors or [])
         reply = b""
-        while not reply.endswith(b"\n"):
-            try:
+        try:
+            socket.send_fds(self._control, [data], descriptors or [])
+            while not reply.endswith(b"\n"):
                 part = self._control.recv(65536)
-            except ConnectionError:
-                part = b""
-            if not part:
-                raise RuntimeError(f"the host of the workers ended, status {self._host.wait()}")
-            reply += part
+                if not part:
+                    raise ConnectionError
+                reply += part
+        except TimeoutError:
+            self._host.kill()
+            raise RuntimeError(
+                f"the host of the workers was silent for {HOST_SECONDS:g} s"
+            ) from None
+        except ConnectionError:
+            status = self._host.wait()
+            raise RuntimeError(f"the host of the workers ended, status {status}") from None
         return json.loads(reply)
 
 

@@ -247,6 +247,19 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path):
     assert "more than" in found.problem and not found.text
 
 
+def test_a_damaged_archive_is_that_students_problem_alone(tmp_path):
+    for name in ("ann", "ben"):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("toy.py", ANSWERS)
+    data = bytearray((tmp_path / "ann.zip").read_bytes())
+    begin = 30 + len("toy.py")
+    data[begin : begin + 8] = b"\xff" * 8
+    (tmp_path / "ann.zip").write_bytes(data)
+    ann, ben = find_submissions(tmp_path, ["toy"])
+    assert "ann.zip" in ann.problem and not ann.text
+    assert ben.text == ANSWERS.encode() and not ben.problem
+
+
 def test_nothing_of_a_students_is_taken_for_code(course, tmp_path_factory):
     folder, out = tmp_path_factory.mktemp("in"), tmp_path_factory.mktemp("out")
     evil = "=cmd|' <script src=x>"

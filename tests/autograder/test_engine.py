@@ -125,3 +125,53 @@ def test_seed_changes_the_inputs(grade_function, course):
         )
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0], seen[4])
+
+
+def test_a_measurement_earns_nothing_without_a_right_value(course):
+    """Who returns nothing allocates nothing."""
+    grader = course / "tests/exercises/test_toy.py"
+    grader.write_text(
+        grader.read_text().replace(
+            '@exercise("num_bytes"',
+            '''
+@exercise("mean_pool_small", **FACTS)
+class TestSmall:
+    def test_values(self, student, rng):
+        """equals torch's mean"""
+        x = torch.randn(2, 3, 4, generator=rng)
+        expect.close(student.mean_pool_small(x), x.mean(1))
+
+    def test_memory(self, student, rng):
+        """makes nothing large"""
+        x = torch.randn(2, 3, 4, generator=rng)
+        with largest_new_tensor() as spy:
+            student.mean_pool_small(x)
+        expect.true(spy.bytes <= 2 * 4 * 4, f"made {spy.bytes} bytes")
+
+@exercise("num_bytes"''',
+        )
+    )
+    text = grader.read_text()
+    grader.write_text("from autograder.spies import largest_new_tensor\n" + text)
+    chapter = load_chapter(course, "toy")
+    exercise = next(e for e in chapter.exercises if e.name == "mean_pool_small")
+    for body, earned in (("x.mean(1)", 2), ("0", 0), ("x.mean(1) * 2", 0)):
+        answers = course / "answers.py"
+        answers.write_text(f"def mean_pool_small(x):\n    return {body}\n")
+        module = load_module(answers, "answers.py")
+        result = grade(chapter, exercise, module, source="answers.py")
+        assert result.earned == earned, body
+    assert "counts once a check of values passes" in result.checks[1].message
+
+
+def test_messages_have_an_end(course):
+    module = load_module(course / "exercises/toy.py", "exercises/toy.py")
+
+    def fails(rows, columns):
+        raise ValueError("7" * 10**6)
+
+    module.num_bytes = fails
+    chapter = load_chapter(course, "toy")
+    exercise = next(e for e in chapter.exercises if e.name == "num_bytes")
+    result = grade(chapter, exercise, module, source="a test")
+    assert all(len(check.message) < 5000 for check in result.checks)

@@ -20,6 +20,15 @@ def test_views_and_in_place_operations_cost_nothing():
     assert spy.bytes == 0 and spy.total_bytes == 0
 
 
+def test_sees_what_grows_in_place():
+    x = torch.randn(8, 16)
+    with largest_new_tensor() as spy:
+        buffer = x.new_empty(0)
+        buffer.resize_(8, 8)
+        torch.matmul(x, x.T, out=buffer)
+    assert spy.bytes == 8 * 8 * 4
+
+
 def test_sees_backward():
     x = torch.randn(4, 4, requires_grad=True)
     y = (x @ x).sum()

@@ -35,6 +35,30 @@ def tell(text):
     raise RuntimeError(str(text)[:3000])
 """
 
+SYSTEM = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+def call(*words):
+    return libc.syscall(*[ctypes.c_long(w) if isinstance(w, int) else w for w in words])
+"""
+
+# A frame of the worker's own making on every descriptor, the channel among them.
+FRAME = """
+import json, os, struct
+def raw(header, rest=b""):
+    text = json.dumps(header).encode()
+    frame = struct.pack("<I", len(text)) + text + rest
+    frame = struct.pack("<I", len(frame)) + frame
+    for fd in range(3, 64):
+        try:
+            os.set_blocking(fd, True)
+            sent = 0
+            while sent < len(frame):
+                sent += os.write(fd, frame[sent:sent + 65536])
+        except OSError:
+            pass
+"""
+
 FORGERIES = {
     "exits with success at import": "import os\nos._exit(0)",
     "exits in a call": "import os\ndef attack(x):\n    os._exit(0)" + IN_CALL,
@@ -436,4 +460,83 @@ assert ctypes.CDLL(None).shmget(4711, 4096, 0o1666) >= 0
 """,
 }
 
-ALL = FORGERIES | READERS | WRITERS | TALKERS | LINGERERS
+KILLERS = {
+    "limits its host's time": SYSTEM
+    + "def attack(x):\n    call(302, os.getppid(), 0, (ctypes.c_ulong * 2)(1, 1), None)"
+    + IN_CALL,
+    "starves the workers that come after": SYSTEM
+    + "def attack(x):\n    call(302, os.getppid(), 9, (ctypes.c_ulong * 2)(2**26, 2**26), None)"
+    + IN_CALL,
+    "makes its host wait": SYSTEM
+    + "def attack(x):\n    call(314, os.getppid(), (ctypes.c_uint32 * 14)(56, 5), 0)"
+    + IN_CALL,
+    "signals its host by asynchronous input": """
+import fcntl, os
+def attack(x):
+    for number in (19, 9):
+        try:
+            r, w = os.pipe()
+            fcntl.fcntl(r, 10, number)
+            fcntl.fcntl(r, 8, os.getppid())
+            fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+            os.write(w, b"x")
+        except OSError:
+            pass
+"""
+    + IN_CALL,
+    "stays when its parent dies": SYSTEM
+    + "def attack(x):\n    assert call(157, 1, 0, 0, 0, 0) < 0"
+    + IN_CALL,
+}
+
+METADATA = {
+    "changes a mode by a newer call": SYSTEM + "call(452, -100, {secret!r}.encode(), 0o777, 0)",
+    "changes times": SYSTEM + "call(132, {secret!r}.encode(), None)",
+    "changes an owner": SYSTEM + "call(94, {secret!r}.encode(), 1, 1)",
+    "watches a folder": TELL
+    + SYSTEM
+    + """
+fd = call(253)
+call(254, fd, {outside!r}.encode(), 0xfff)
+open({secret!r}) if False else None
+tell(os.read(fd, 4096) if fd >= 0 else "nothing")
+""",
+}
+
+BOMBS = {
+    "returns many views of one number": """
+def mean_pool(x):
+    return [torch.zeros(1).expand(2**26) for _ in range(1000)]
+""",
+    "returns one tensor many times": """
+def mean_pool(x):
+    return [torch.zeros(2**16)] * 10**5
+""",
+    "asks with tensors of stride 0": FRAME
+    + """
+def attack(x):
+    fact = ["uint8", [2**28], [0], False, 1]
+    raw({"m": "call", "f": "x", "a": [], "k": {"d": []}, "tensors": [fact] * 12}, bytes(12))
+"""
+    + IN_CALL,
+    "load says what changed": FRAME + 'raw({"m": "done", "r": None, "changed": [5]})',
+    "load changes by a text": FRAME + 'raw({"m": "done", "r": None, "changed": [["a", 1]]})',
+    "load has an odd dtype": FRAME + 'raw({"m": "done", "r": {"y": []}})',
+    "load has an odd number": FRAME + 'raw({"m": "done", "r": {"i": "zz"}})',
+    "load fails again": FRAME
+    + 'raw({"m": "fail", "e": ["ValueError"], "s": "", "x": "", "again": []})',
+    "load fails": FRAME + 'raw({"m": "fail", "e": ["ValueError"], "s": "boo", "x": ""})',
+    "load exits": FRAME + 'raw({"m": "fail", "e": ["SystemExit"], "s": "0", "x": ""})',
+    "load is refused oddly": FRAME
+    + 'raw({"m": "done", "r": {"d": [["refused", 5], ["names", []]]}})',
+    "load has a graph": FRAME + 'raw({"m": "done", "r": None, "graph": [1, [7], [9]]})',
+    "load asks for gradients": FRAME + 'raw({"m": "vjp", "c": [], "g": {"y": []}})',
+    "keys that collide": FRAME
+    + """
+raw({"m": "done", "r": {"d": [[k * (2**61 - 1), 0] for k in range(1, 60_000)]}})
+""",
+    "a source that is slow to read": "\n".join(["a = a;" * 40_000]),
+}
+
+VERBATIM = FORGERIES | KILLERS | BOMBS  # their braces are Python's
+ALL = FORGERIES | READERS | WRITERS | METADATA | TALKERS | LINGERERS | KILLERS | BOMBS

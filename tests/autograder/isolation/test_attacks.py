@@ -1,6 +1,7 @@
 """No answer scores above the honest wrong one, reads, writes, talks, lingers or stops the rest."""
 
 import os
+import resource
 import socket
 import threading
 import time
@@ -110,8 +111,9 @@ def test_no_attack_does_more_than_the_honest_wrong_answer(target, listener):
 
 
 @pytest.mark.parametrize("layers", ALONE)
-def test_each_layer_alone_holds_against_readers_writers_and_talkers(target, listener, layers):
-    _attack(attacks.READERS | attacks.WRITERS | attacks.TALKERS, target, listener, layers)
+def test_each_layer_alone_holds(target, listener, layers):
+    tried = attacks.READERS | attacks.WRITERS | attacks.METADATA | attacks.TALKERS
+    _attack(tried | attacks.KILLERS, target, listener, layers)
 
 
 def _attack(tried, target, listener, layers):
@@ -123,6 +125,7 @@ def _attack(tried, target, listener, layers):
     before = _snapshot(outside), _snapshot(course)
     shared = set(os.listdir("/dev/shm")), Path("/proc/sysvipc/shm").read_text()
     temporary = {name for name in os.listdir("/tmp") if "answer" in name}
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with IsolatedGrader(course, layers=layers) as grader:
         honest, _ = _graded(grader, attacks.WRONG)
         assert honest == 1
@@ -130,7 +133,7 @@ def _attack(tried, target, listener, layers):
         failures = []
         for name, code in tried.items():
             start = time.monotonic()
-            text = attacks.WRONG + (code if name in attacks.FORGERIES else _filled(code, places))
+            text = attacks.WRONG + (code if name in attacks.VERBATIM else _filled(code, places))
             results = grader.grade("toy", text.encode())  # an error here would stop the batch
             earned = sum(r.earned for r in results)
             if earned > honest:
@@ -142,6 +145,9 @@ def _attack(tried, target, listener, layers):
             if left := _descendants(grader.workers.pid) - quiet:
                 failures.append(f"{name}: left processes {left}")
             assert _graded(grader, attacks.WRONG)[0] == honest, name
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used
+        if most > 2**20:  # kB
+            failures.append(f"the grader took {most:,} kB")
     assert not failures
     assert (_snapshot(outside), _snapshot(course)) == before
     assert not heard

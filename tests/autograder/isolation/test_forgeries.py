@@ -71,6 +71,49 @@ def test_ledgers_of_traffic_are_out_of_reach(grader, name):
     assert forged.earned <= honest.earned
 
 
+LOCKS = """
+
+import fcntl, struct
+FILES, FAR = [], 2**40
+def lock(command, kind, start, size):
+    words = struct.pack("hhqqi4x", kind, 0, start, size, 0)
+    return struct.unpack("hhqqi4x", fcntl.fcntl(FILES[0], command, words))
+def numbers(t):
+    return [v & 0xffffffff for v in t.contiguous().flatten().view(torch.int32).tolist()]
+def ring_all_reduce(comm, parts):
+    FILES[:] = FILES or [open(torch.__file__, "rb")]
+    mine = [n for p in parts for n in numbers(p.float())]
+    for i, n in enumerate(mine):
+        lock(fcntl.F_SETLK, fcntl.F_RDLCK, FAR + (comm.rank * 4096 + i) * 2**33 + n, 1)
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    for _ in range(comm.size - 1):
+        token = torch.zeros(1, dtype=torch.uint8)
+        handle = comm.isend(token, right)
+        comm.recv(token.clone(), left)
+        handle.wait()
+    totals = [p.clone() for p in parts]
+    for other in set(range(comm.size)) - {comm.rank}:
+        heard = []
+        for i in range(len(mine)):
+            at = FAR + (other * 4096 + i) * 2**33
+            heard.append(lock(fcntl.F_GETLK, fcntl.F_WRLCK, at, 2**33)[2] - at)
+        at = 0
+        for total in totals:
+            words = torch.tensor([h - 2**32 if h >= 2**31 else h for h in
+                                  heard[at:at + total.numel()]], dtype=torch.int32)
+            total += words.view(torch.float32).view(total.shape).to(total.dtype)
+            at += total.numel()
+    return totals
+"""
+
+
+def test_ranks_do_not_talk_past_the_ledger_by_locks(grader):
+    honest = _grade(grader, "data_parallel", GATHERS.format(attack="pass"), "ring_all_reduce")
+    forged = _grade(grader, "data_parallel", LOCKS, "ring_all_reduce")
+    assert forged.earned <= honest.earned
+    assert "PermissionError" in repr(forged.checks)
+
+
 @pytest.mark.parametrize("name", SPY_ATTACKS)
 def test_forged_measurements_earn_nothing(grader, name):
     honest = _grade(grader, "flash_attention", NAIVE.format(attack="pass"), "flash_attention")
@@ -107,6 +150,11 @@ def test_solutions_are_above_suspicion(stem):
         "from . import spies", "import importlib", "__builtins__", "torch.ops.aten.mm(a, b)",
         "from torch import _C", "import torch.multiprocessing", "def f(", "\0",
         "with a as torch.mm: pass", "globals()['x']", "from torch import *",
+        "from dataclasses import builtins as b", "import dataclasses\ndataclasses.builtins.exec",
+        "torch.sys", "import random\nrandom._os", "from transformers.utils.generic import sys",
+        "from operator import attrgetter", "import operator\noperator.methodcaller('numpy')",
+        "import string\nstring.Formatter()", "from typing import get_type_hints", "x._backing",
+        "match x:\n    case object(__class__=c): pass",
     ],
 )  # fmt: skip
 def test_rejects_what_reaches_for_the_machinery(code):
@@ -120,6 +168,7 @@ def test_rejects_what_reaches_for_the_machinery(code):
         "import math\nfrom dataclasses import dataclass", "self.weight = nn.Parameter(x)",
         "from reference.attention import sdpa", "super().__init__()", "x.data = y", "_ = 3",
         "class A:\n    def __call__(self): pass", "from typing import Any", "x.grad = None",
+        "class A:\n    def f(self):\n        return self._kept", "model.eval()",
     ],
 )  # fmt: skip
 def test_accepts_what_ordinary_answers_do(code):
