@@ -34,6 +34,7 @@ from torch import nn
 import reference.normalization as norms
 from autograder.notebook import check
 from figures import style
+from figures.tables import table
 from reference.pretrained import capture, load_smollm2, passage
 
 torch.set_num_threads(1)
@@ -45,19 +46,6 @@ COLOUR = {
     "Sandwich-LN": style.COLOURS["sky"],
     "DeepNorm": style.COLOURS["green"],
 }
-
-
-def table(*rows):
-    """Print rows as a table; the first row is the head, the first column stands left."""
-    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for i, row in enumerate(texts):
-        first, *rest = (t.ljust(w) if not j else t.rjust(w)
-                        for j, (t, w) in enumerate(zip(row, widths, strict=True)))  # fmt: skip
-        print("  ".join([first, *rest]))
-        if i == 0:
-            print("  ".join("-" * w for w in widths))
-
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 1. What goes wrong without it

@@ -33,6 +33,7 @@ from torch import nn
 import reference.activations as act
 from autograder.notebook import check
 from figures import style
+from figures.tables import table
 from reference.normalization import PreNorm, RMSNorm
 from reference.pretrained import capture, corpus, load_smollm2, passage
 
@@ -48,19 +49,6 @@ COLOUR = {
     "SiLU": style.COLOURS["green"],
     "SwiGLU": style.COLOURS["green"],
 }
-
-
-def table(*rows):
-    """Print rows as a table; the first row is the head, the first column stands left."""
-    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for i, row in enumerate(texts):
-        first, *rest = (t.ljust(w) if not j else t.rjust(w)
-                        for j, (t, w) in enumerate(zip(row, widths, strict=True)))  # fmt: skip
-        print("  ".join([first, *rest]))
-        if i == 0:
-            print("  ".join("-" * w for w in widths))
-
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 1. Why a curve at all

@@ -31,24 +31,13 @@ from torch import nn
 import reference.positions as pos
 from autograder.notebook import check
 from figures import style
+from figures.tables import table
 from reference.attention import Attention, causal_mask, scaled_dot_product_attention
 from reference.normalization import RMSNorm
 from reference.pretrained import capture_attention, corpus, load_smollm2, passage
 
 torch.set_num_threads(1)
 style.use()
-
-
-def table(*rows):
-    """Print rows as a table; the first row is the head, the first column stands left."""
-    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for i, row in enumerate(texts):
-        cells = zip(row, widths, strict=True)
-        print("  ".join(t.rjust(w) if j else t.ljust(w) for j, (t, w) in enumerate(cells)))
-        if i == 0:
-            print("  ".join("-" * w for w in widths))
-
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 1. What attention does not see

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 from autograder.notebook import check
 from figures import style
+from figures.tables import table
 from reference.attention import kv_cache_bytes
 from reference.pretrained import corpus
 from reference.transformer import (
@@ -57,18 +58,6 @@ from reference.transformer.tokenizer import Tokenizer
 torch.set_num_threads(1)
 style.use()
 NUM_STEPS = 300
-
-
-def table(*rows):
-    """Print rows as a table; the first row is the head, the first column stands left."""
-    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for i, row in enumerate(texts):
-        cells = zip(row, widths, strict=True)
-        print("  ".join(t.rjust(w) if j else t.ljust(w) for j, (t, w) in enumerate(cells)))
-        if i == 0:
-            print("  ".join("-" * w for w in widths))
-
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 1. The question

@@ -34,6 +34,7 @@ from transformers import DynamicCache, StaticCache
 import reference.kv_cache as kv
 from autograder.notebook import check
 from figures import style
+from figures.tables import table
 from reference.attention import decode_intensity, kv_cache_bytes
 from reference.flash_attention import paged_attention
 from reference.positions import rope_frequencies, rope_table, rotation
@@ -46,18 +47,6 @@ torch.set_grad_enabled(False)
 style.use()
 BLUE, RED, GREEN = (style.COLOURS[name] for name in ("blue", "vermilion", "green"))
 GREY = "0.6"
-
-
-def table(*rows):
-    """Print rows as a table; the first row is the head, the first column stands left."""
-    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for i, row in enumerate(texts):
-        cells = zip(row, widths, strict=True)
-        print("  ".join(t.rjust(w) if j else t.ljust(w) for j, (t, w) in enumerate(cells)))
-        if i == 0:
-            print("  ".join("-" * w for w in widths))
-
 
 # %% slideshow={"slide_type": "skip"}
 theirs, tokenizer = load_smollm2()

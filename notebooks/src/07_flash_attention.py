@@ -32,6 +32,7 @@ from autograder.notebook import check
 from autograder.spies import largest_new_tensor
 from figures import style
 from figures.stepper import Stepper
+from figures.tables import table
 from reference.attention import causal_mask, scaled_dot_product_attention
 from reference.flash_attention import accesses
 from reference.flash_attention.forward import Tiling
@@ -39,18 +40,6 @@ from reference.pretrained import capture_attention, load_smollm2, passage
 
 torch.set_num_threads(1)
 style.use()
-
-
-def table(*rows):
-    """Print rows as a table; the first row is the head, the first column stands left."""
-    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for i, row in enumerate(texts):
-        cells = zip(row, widths, strict=True)
-        print("  ".join(t.rjust(w) if j else t.ljust(w) for j, (t, w) in enumerate(cells)))
-        if i == 0:
-            print("  ".join("-" * w for w in widths))
-
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 1. The square that nobody wants

@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autograder.notebook import check
 from figures import style
+from figures.tables import table
 from reference.lora import (
     GaLoreAdamW,
     LoRAConfig,
@@ -64,21 +65,6 @@ from reference.transformer.course_model import load_course_model
 
 torch.set_num_threads(1)
 style.use()
-
-
-def table(*rows):
-    """Print rows as a table; the first row is the head, the first column stands left."""
-    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for i, row in enumerate(texts):
-        first, *rest = (
-            t.rjust(w) if j else t.ljust(w)
-            for j, (t, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join([first, *rest]))
-        if i == 0:
-            print("  ".join("-" * w for w in widths))
-
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 1. How much of a weight changes?

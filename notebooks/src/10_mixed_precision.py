@@ -33,6 +33,7 @@ from torch import nn
 import reference.mixed_precision as mp
 from autograder.notebook import check
 from figures import style
+from figures.tables import table
 from reference.pretrained import capture, corpus, load_smollm2, passage
 
 torch.set_num_threads(1)
@@ -45,21 +46,6 @@ COLOUR = {
     "float8_e5m2": style.COLOURS["green"],
     "float8_e4m3fn": style.COLOURS["purple"],
 }
-
-
-def table(*rows):
-    """Print rows as a table; the first row is the head, the first column stands left."""
-    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for i, row in enumerate(texts):
-        first, *rest = (
-            t.rjust(w) if j else t.ljust(w)
-            for j, (t, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join([first, *rest]))
-        if i == 0:
-            print("  ".join("-" * w for w in widths))
-
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 1. Cast everything down?

@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from autograder.notebook import check
 from figures import style
 from figures.stepper import Stepper
+from figures.tables import table
 from figures.timeline import timeline
 from figures.traffic import traffic
 from reference.parallel.data_parallel import (
@@ -69,21 +70,6 @@ ALGORITHMS = {
     "ring": ring_all_reduce,
     "gossip": gossip_all_reduce,
 }
-
-
-def table(*rows):
-    """Print rows as a table; the first row is the head, the first column stands left."""
-    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for i, row in enumerate(texts):
-        first, *rest = (
-            t.rjust(w) if j else t.ljust(w)
-            for j, (t, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join([first, *rest]))
-        if i == 0:
-            print("  ".join("-" * w for w in widths))
-
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 1. Four copies of a model

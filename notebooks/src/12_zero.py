@@ -34,6 +34,7 @@ from torch import nn
 
 from autograder.notebook import check
 from figures import style
+from figures.tables import table
 from reference.parallel.ranks import CLASSROOM, run, run_one_rank
 from reference.parallel.zero import (
     FSDP,
@@ -60,21 +61,6 @@ COLOUR = {
     "communication_buffers": style.COLOURS["vermilion"],
 }
 STATES = ("parameters", "gradients", "optimizer_states")
-
-
-def table(*rows):
-    """Print rows as a table; the first row is the head, the first column stands left."""
-    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for i, row in enumerate(texts):
-        first, *rest = (
-            t.rjust(w) if j else t.ljust(w)
-            for j, (t, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join([first, *rest]))
-        if i == 0:
-            print("  ".join("-" * w for w in widths))
-
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 1. The same thing N times

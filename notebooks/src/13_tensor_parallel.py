@@ -29,6 +29,7 @@ from torch import nn
 
 from autograder.notebook import check
 from figures import style
+from figures.tables import table
 from figures.timeline import timeline
 from reference.parallel.ranks import CLASSROOM, DGX_H100, run
 from reference.parallel.tensor import (
@@ -56,21 +57,6 @@ from reference.transformer import Llama, LlamaConfig
 
 torch.set_num_threads(1)
 style.use()
-
-
-def table(*rows):
-    """Print rows as a table; the first row is the head, the first column stands left."""
-    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for i, row in enumerate(texts):
-        first, *rest = (
-            t.rjust(w) if j else t.ljust(w)
-            for j, (t, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join([first, *rest]))
-        if i == 0:
-            print("  ".join("-" * w for w in widths))
-
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 1. One row is too much

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from autograder.notebook import check
 from figures import style
+from figures.tables import table
 from figures.timeline import timeline
 from reference.flash_attention import merge
 from reference.parallel.context import (
@@ -48,21 +49,6 @@ from reference.transformer import PRESETS, Llama, LlamaConfig
 
 torch.set_num_threads(1)
 style.use()
-
-
-def table(*rows):
-    """Print rows as a table; the first row is the head, the first column stands left."""
-    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for i, row in enumerate(texts):
-        first, *rest = (
-            t.rjust(w) if j else t.ljust(w)
-            for j, (t, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join([first, *rest]))
-        if i == 0:
-            print("  ".join("-" * w for w in widths))
-
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 1. A text too long
