@@ -8,10 +8,11 @@ are changed on the caller's side too, when it returns.
 Calls nest strictly: whoever waits for an answer serves the requests that come before it.
 """
 
+import contextlib
 import sys
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ MAX_NESTING = 60
 MAX_GRAPHS = 256
 MAX_TEXT = 4000
 MAX_RAISED = 8
+# What a frame that is well-formed but makes no sense raises while it is taken in.
+SENSELESS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError,
+             MemoryError)  # fmt: skip
 
 PACKAGE = str(Path(__file__).parents[1])
 
@@ -36,6 +40,15 @@ class RemoteError(Exception):
     def __init__(self, types: list[str], text: str, told: str, again: Any = None) -> None:
         super().__init__(text)
         self.types, self.text, self.told, self.again = types, text, told, again
+
+
+@contextlib.contextmanager
+def _making_sense() -> Iterator[None]:
+    """Take in what the other side says; nonsense is a WireError, whatever it trips over."""
+    try:
+        yield
+    except SENSELESS as error:
+        raise WireError(f"{type(error).__name__} while it was read") from None
 
 
 class Peer:
@@ -93,23 +106,26 @@ class Peer:
         self.channel.send(message.frame(header))
         own = message.tensors + given
         answer = self._answer(own)
-        before = [args, kwargs]
-        self._write_back(answer, own, message.generators, before)
-        value = answer.value(answer.header.get("r"))
-        return self._with_graph(value, answer, message.tensors), message.tensors
+        with _making_sense():
+            self._write_back(answer, own, message.generators, [args, kwargs])
+            value = answer.value(answer.header.get("r"))
+            return self._with_graph(value, answer, message.tensors), message.tensors
 
     def _answer(self, own: list[Tensor]) -> Decoder:
         while True:
-            answer = Decoder(self.channel.receive(), own, self._stub)
-            kind = answer.header.get("m")
-            if kind not in ("done", "fail"):
-                self._serve(answer)
-                continue
-            self._note_work(answer.header)
-            arrived = answer.value(answer.header.get("besides", {"d": []}))
-            self.arrived = arrived if type(arrived) is dict else {}
-            if kind == "fail":
-                raise self._error_of(answer.header)
+            frame = self.channel.receive()
+            with _making_sense():
+                answer = Decoder(frame, own, self._stub)
+                kind = answer.header.get("m")
+                if kind not in ("done", "fail"):
+                    self._serve(answer)
+                    continue
+                self._note_work(answer.header)
+                arrived = answer.value(answer.header.get("besides", {"d": []}))
+                self.arrived = arrived if type(arrived) is dict else {}
+                error = self._error_of(answer.header) if kind == "fail" else None
+            if error is not None:
+                raise error
             return answer
 
     def _note_work(self, header: dict[str, Any]) -> None:
@@ -166,7 +182,8 @@ class Peer:
                 message.frame({"m": "vjp", "c": call, "g": message.value(list(grads))})
             )
             answer = self._answer([])
-            found: list[Tensor | None] = answer.value(answer.header.get("r"))
+            with _making_sense():
+                found: list[Tensor | None] = answer.value(answer.header.get("r"))
             return found
 
     # Serving

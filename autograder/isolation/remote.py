@@ -20,9 +20,6 @@ from autograder.student import IMPORT_SECONDS, Student, with_replacement
 GRACE_SECONDS = 20.0
 MAX_CHECK_BYTES = 2**30
 MAX_RANKS = 64
-# What a frame that is well-formed but makes no sense raises while it is taken in.
-MALFORMED = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError,
-             OverflowError, RecursionError, MemoryError)  # fmt: skip
 
 
 class RemoteStudent(Student):
@@ -149,12 +146,11 @@ class RemoteSubmission:
         except Closed:
             status = self._end(place)
             raise Refusal(refusals.CRASHED, _told_end(status)) from None
-        except (WireError, *MALFORMED) as error:
+        except WireError as error:
             self._end(place)
-            what = error if isinstance(error, WireError) else type(error).__name__
             raise Refusal(
                 refusals.CRASHED,
-                f"What came back is no value that a function can return here ({what}).",
+                f"What came back is no value that a function can return here ({error}).",
             ) from None
 
     def _end(self, place: int) -> int:

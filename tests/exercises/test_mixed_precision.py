@@ -106,6 +106,7 @@ class TestToBfloat16:
         """keeps every NaN a NaN"""
         patterns = torch.tensor([0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32)
         codes = student.to_bfloat16(patterns.view(torch.float32)).long()
+        expect.equal(list(codes.shape), [4], "the shape of the codes")
         is_nan = ((codes & 0x7F80) == 0x7F80) & ((codes & 0x7F) > 0) & (codes <= 0xFFFF)
         expect.true(
             bool(is_nan.all()),
@@ -425,8 +426,10 @@ class TestStochasticRound:
         """is right on average"""
         noise = (torch.arange(1024) + 0.5) / 1024
         x = torch.full((1024,), 1.0 + 0.3 * 2.0**-7)
-        got = student.stochastic_round(x, noise).double().mean().item()
-        expect.number(got, x[0].item(), rel=1e-5, what="the mean of the results")
+        got = student.stochastic_round(x, noise)
+        expect.equal(got.bfloat16().float(), got, "the results, rounded to bfloat16 once more")
+        mean = got.double().mean().item()
+        expect.number(mean, x[0].item(), rel=1e-5, what="the mean of the results")
 
     def test_keeps_values_of_bfloat16(self, student, rng):
         """leaves values alone that bfloat16 has"""

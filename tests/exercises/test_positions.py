@@ -316,6 +316,7 @@ class TestRopeAttention:
         weights = [_normal(rng, 12, 12, dtype=torch.float64) / 6 for _ in range(3)]
         swapped = x[:, [1, 0, 2, 3]]
         last = [student.rope_attention(y, *weights, 2)[:, -1] for y in (x, swapped)]
+        expect.true(bool(torch.stack(last).isfinite().all()), "the output is not finite")
         expect.true(
             not torch.allclose(*last),
             "the last token does not notice that others changed places: no order is left",
