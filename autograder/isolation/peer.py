@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autograder.isolation.changes import contents, outline, refill, swapped
 from autograder.isolation.channel import Channel
+from autograder.isolation.stubs import RemoteGraph, Stub
 from autograder.isolation.wire import Decoder, Encoder, WireError
 from autograder.recording import _without_spies
 
@@ -85,7 +87,7 @@ class Peer:
     # Calling
 
     def call(
-        self, name: str, args: Any, kwargs: Any, given: list[Tensor] | None = None, **more: Any
+        self, name: Any, args: Any, kwargs: Any, given: list[Tensor] | None = None, **more: Any
     ) -> tuple[Any, list[Tensor]]:
         """Call a function of the other side; also gives the tensors that went there.
 
@@ -159,7 +161,7 @@ class Peer:
         for generator, state in zip(generators, states, strict=False):
             generator.set_state(state.get_state())
         if "lists" in answer.header:
-            _refill(before, answer.value(answer.header["lists"]))
+            refill(before, answer.value(answer.header["lists"]))
 
     def _with_graph(self, value: Any, answer: Decoder, sent: list[Tensor]) -> Any:
         marked = answer.header.get("graph")
@@ -170,9 +172,9 @@ class Peer:
         inputs = [sent[i] for i in leaves]
         if not inputs or not any(t.requires_grad for t in inputs):
             return value
-        with_graph = _Remote.apply(self, call, [o.detach() for o in outputs], *inputs)
+        with_graph = RemoteGraph.apply(self, call, [o.detach() for o in outputs], *inputs)
         swaps = {id(old): new for old, new in zip(outputs, with_graph, strict=True)}
-        return _swapped(value, swaps)
+        return swapped(value, swaps)
 
     def vjp(self, call: int, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of a call's inputs, given those of its outputs."""
@@ -215,8 +217,8 @@ class Peer:
         if type(kwargs) is not dict or not all(type(k) is str for k in kwargs):
             raise WireError("keywords: expected names")
         function, given, known = self._target(header.get("f"))
-        before = _contents(request.tensors)
-        outline = _outline([args, kwargs])
+        before = contents(request.tensors)
+        before_call = outline([args, kwargs])
         asked_from = _checked_place(header.get("at"))  # noqa: F841  (ranks quote it in messages)
         try:
             with torch.set_grad_enabled(header.get("grad") is True):
@@ -233,7 +235,7 @@ class Peer:
         results = list(message.tensors)
         done["changed"] = self._changed(own, before + known, message)
         done["states"] = [message.value(g) for g in request.generators]
-        if _outline([args, kwargs]) != outline:
+        if outline([args, kwargs]) != before_call:
             done["lists"] = message.value([args, kwargs])
         self._keep_graph(done, request.tensors, results)
         return message.frame(done | self._besides(message))
@@ -245,7 +247,7 @@ class Peer:
     def _changed(self, own: list[Tensor], before: list[bytes], message: Encoder) -> list[Any]:
         changed = []
         for i, (tensor, then) in enumerate(zip(own, before, strict=True)):
-            if _contents([tensor]) != [then]:
+            if contents([tensor]) != [then]:
                 changed.append([i, message.value(tensor.detach())])
         return changed
 
@@ -300,12 +302,12 @@ class Peer:
         if type(name) is list and len(name) == 2 and name[0] in self._objects:
             found, names, given = self._objects[name[0]]
             if name[1] == "__call__" and "__call__" in names:
-                return found, given, _contents(given)
+                return found, given, contents(given)
             if type(name[1]) is str and name[1] in names:
                 attribute = getattr(found, name[1])
                 if callable(attribute):
-                    return attribute, given, _contents(given)
-                return (lambda: attribute), given, _contents(given)
+                    return attribute, given, contents(given)
+                return (lambda: attribute), given, contents(given)
         raise WireError("call: no such function")
 
     def _refer(self, value: Any, given: list[Tensor] | None = None) -> dict[str, Any] | None:
@@ -328,93 +330,6 @@ class Peer:
         return stub
 
 
-class Stub:
-    """An object of the other side's: its listed attributes, read or called there."""
-
-    def __init__(self, peer: Peer, key: int, names: list[str], plain: list[str]) -> None:
-        self._peer, self._key, self._names, self._plain = peer, key, names, plain
-        self._given: list[Tensor] = []
-        self._kind = "object"
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._names:
-            listed = ", ".join(n for n in self._names if not n.startswith("_"))
-            raise AttributeError(f"{name}: there are {listed}")
-        if name in self._plain:
-            return self._request(name, (), {})
-        return lambda *args, **kwargs: self._request(name, args, kwargs)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._request("__getitem__", (key,), {})
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._request("__call__", args, kwargs)
-
-    def _request(self, name: str, args: Any, kwargs: Any) -> Any:
-        value, sent = self._peer.call([self._key, name], args, kwargs, self._given)  # type: ignore[arg-type]
-        if isinstance(value, Stub):
-            value._given = sent
-        return value
-
-
-class _Remote(torch.autograd.Function):
-    """The tensors that a call gave back, whose graph is on the other side."""
-
-    @staticmethod
-    def forward(ctx: Any, peer: Peer, call: int, outputs: list[Tensor], *inputs: Tensor) -> Any:
-        ctx.peer, ctx.call = peer, call
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return None, None, None, *ctx.peer.vjp(ctx.call, grads)
-
-
-def _swapped(value: Any, swaps: dict[int, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return swaps.get(id(value), value)
-    if type(value) in (list, tuple):
-        return type(value)(_swapped(v, swaps) for v in value)
-    if type(value) is dict:
-        return {k: _swapped(v, swaps) for k, v in value.items()}
-    return value
-
-
-def _refill(mine: Any, theirs: Any) -> None:
-    """Give lists and dicts of the caller's the contents that they have on the other side."""
-    if type(mine) is list and type(theirs) is list:
-        for a, b in zip(mine, theirs, strict=False):
-            _refill(a, b)
-        if len(mine) != len(theirs):
-            mine[:] = theirs
-        else:
-            mine[:] = [_kept(a, b) for a, b in zip(mine, theirs, strict=True)]
-    elif type(mine) is tuple and type(theirs) in (tuple, list):
-        for a, b in zip(mine, theirs, strict=False):
-            _refill(a, b)
-    elif type(mine) is dict and type(theirs) is dict:
-        for key in mine.keys() & theirs.keys():
-            _refill(mine[key], theirs[key])
-        new = {k: _kept(mine[k], v) if k in mine else v for k, v in theirs.items()}
-        mine.clear()
-        mine.update(new)
-
-
-def _kept(mine: Any, theirs: Any) -> Any:
-    is_container = type(mine) in (list, dict, tuple) and type(theirs) is type(mine)
-    stays = is_container or not isinstance(theirs, (int, float, str, bool, type(None), Tensor))
-    return mine if stays else theirs
-
-
-def _contents(tensors: list[Tensor]) -> list[bytes]:
-    found = []
-    for tensor in tensors:
-        flat = tensor.detach().contiguous().flatten()
-        head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-        found.append(head + flat.view(torch.uint8).numpy().tobytes() if flat.numel() else head)
-    return found
-
-
 def _place() -> tuple[str, int, str]:
     """File, line and function of the innermost frame outside of the autograder."""
     frame = sys._getframe(1)
@@ -427,15 +342,6 @@ def _checked_place(place: Any) -> tuple[str, int, str] | None:
     if type(place) is not list or [type(p) for p in place] != [str, int, str]:
         return None
     return place[0][:200], place[1], place[2][:100]
-
-
-def _outline(value: Any) -> Any:
-    """What changes when somebody adds to, takes from or replaces in a list or dict."""
-    if type(value) in (list, tuple):
-        return [_outline(v) for v in value]
-    if type(value) is dict:
-        return [(k, _outline(v)) for k, v in value.items()]
-    return id(value)
 
 
 def _list_of(value: Any) -> list[Any]:
