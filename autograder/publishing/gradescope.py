@@ -21,7 +21,12 @@ SETUP = """\
 set -euo pipefail
 cd "${AUTOGRADER_HOME:-/autograder}/source"
 apt-get update -qq && apt-get install -qq -y python3 python3-venv git
-python3 -m venv .venv
+PYTHON=python3
+if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  apt-get install -qq -y python3.11 python3.11-venv
+  PYTHON=python3.11
+fi
+"$PYTHON" -m venv .venv
 .venv/bin/python -m pip install --quiet -c course/constraints.txt -e course
 """
 
