@@ -25,7 +25,8 @@ ROOT = find_root(Path(__file__).parent)
 
 
 def rows() -> list[Row]:
-    one, two = (_per_second(num_workers) for num_workers in (1, 2))
+    rates = [_per_second(num_workers) for num_workers in (1, 2, 1, 2)]
+    one, two = max(rates[::2]), max(rates[1::2])
     pytest = _per_second_by_pytest()
     early, late = _memory()
     return [
@@ -108,13 +109,16 @@ def _memory() -> tuple[float, float]:
 
 
 def _megabytes(pid: int) -> float:
-    """Resident memory of a process and its children."""
-    total = 0.0
+    """Resident memory of a process and all that descend from it."""
+    parents, held = {}, {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            if pid in (parent, int(entry.name)):
-                total += int((entry / "statm").read_text().split()[1]) * 4096 / 1e6
+            words = (entry / "stat").read_text().rpartition(")")[2].split()
+            pages = int((entry / "statm").read_text().split()[1])
         except (OSError, IndexError):
             continue
-    return total
+        parents[int(entry.name)], held[int(entry.name)] = int(words[1]), pages * 4096 / 1e6
+    family = {pid}
+    while more := {p for p, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(held.get(p, 0.0) for p in family)
