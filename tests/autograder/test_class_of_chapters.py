@@ -13,6 +13,7 @@ import pytest
 
 from autograder.classroom import command
 from autograder.isolation import sandbox
+from autograder.isolation.tampering import suspicions
 from autograder.workspace import chapter_stems, find_root, load_chapter
 
 ROOT = find_root(Path(__file__).parent)
@@ -31,7 +32,11 @@ class HandedIn:
     refused: str = ""  # an exercise, or "all"
     status: str = ""
     diagnosis: str = ""
-    unverified: str = ""  # an exercise whose measurements the file could have changed
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the file could have changed what is measured in its process."""
+        return bool(suspicions(self.text))
 
 
 # What is added to the right answers of normalization: the refused exercise, its status.
@@ -52,7 +57,6 @@ HOSTILE = {
     "raises a verdict": ("def rms_norm(*a, **k):\n    raise SystemExit('passed')",
                          "rms_norm", "raised"),
 }  # fmt: skip
-REACHES_FOR_MEASUREMENTS = ("patches torch", "always equal")
 
 
 def _written(catalogue, name):
@@ -107,8 +111,7 @@ def _class():
     yield "huge", HandedIn("normalization", huge, "all", "not taken")
     for name, (code, refused, status) in HOSTILE.items():
         text = f"{solution}\n\n{code}\n".encode()
-        measured = "streamed_statistics" if name in REACHES_FOR_MEASUREMENTS else ""
-        yield f"hostile {name}", HandedIn("normalization", text, refused, status, "", measured)
+        yield f"hostile {name}", HandedIn("normalization", text, refused, status)
 
 
 def test_every_student_gets_exactly_what_is_due(tmp_path, monkeypatch):
@@ -128,7 +131,8 @@ def test_every_student_gets_exactly_what_is_due(tmp_path, monkeypatch):
         for name, due in handed_in.items()
         for said in _differences(verdicts[name], due)
     ]
-    assert not wrong
+    assert not wrong, "\n".join(map(str, wrong))
+    assert "not verified" in str(verdicts["hostile patches torch"])
     assert not Path("/tmp/of-a-student").exists()
 
 
@@ -140,8 +144,8 @@ def _differences(verdict, due):
     for result in verdict["exercises"]:
         name, status = result["exercise"], result["status"]
         is_full = result["earned"] == result["points"]
-        if name == due.unverified:
-            if status != "not verified" or is_full:
+        if status == "not verified":
+            if is_full or not due.is_doubtful:
                 yield f"{name}: {status}"
             continue
         if due.refused not in ("all", name):
