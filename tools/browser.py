@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
@@ -32,6 +33,17 @@ class NoBrowser(RuntimeError):
 
     def __init__(self) -> None:
         super().__init__(f"no browser found; install one of: {', '.join(BROWSERS)}")
+
+
+def built_decks(folder: Path, stems: list[str]) -> list[Path]:
+    """What `make slides` has written of `stems`, or all. Raises: FileNotFoundError."""
+    decks = [folder / f"{stem}.html" for stem in stems] or sorted(folder.glob("*.html"))
+    missing = [deck.name for deck in decks if not deck.is_file()]
+    if missing or not decks:
+        raise FileNotFoundError(
+            f"no {', '.join(missing) or 'decks'} in {folder.name}/; `make slides` builds them"
+        )
+    return decks
 
 
 @dataclass

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools.browser import NoBrowser, open_browser, open_tab
+from tools.browser import NoBrowser, built_decks, open_browser, open_tab
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, HEIGHT = 1280, 720
@@ -21,19 +21,13 @@ def main(argv: list[str] | None = None, folder: Path = ROOT / "slides") -> int:
     parser.add_argument("stems", nargs="*", help="chapters, as 01_normalization (all)")
     parser.add_argument("--notes", action="store_true", help="with the speaker's notes")
     options = parser.parse_args(argv)
-    decks = [folder / f"{s}.html" for s in options.stems] or sorted(folder.glob("*.html"))
-    missing = [deck.name for deck in decks if not deck.is_file()]
-    if missing or not decks:
-        print(f"no {', '.join(missing) or 'decks'} in {folder.name}/; `make slides` builds them",
-              file=sys.stderr)  # fmt: skip
-        return 2
     try:
         with open_browser() as browser:
-            for deck in decks:
+            for deck in built_decks(folder, options.stems):
                 pdf = deck.with_name(f"{deck.stem}{'-notes' * options.notes}.pdf")
                 print_deck(browser, deck, pdf, with_notes=options.notes)
                 print(f"slides/{pdf.name}", flush=True)
-    except NoBrowser as error:
+    except (NoBrowser, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.browser import NoBrowser, Tab, open_browser, open_tab
+from tools.browser import NoBrowser, Tab, built_decks, open_browser, open_tab
 
 ROOT = Path(__file__).resolve().parent.parent
 AUDIT = (Path(__file__).resolve().parent / "slides" / "audit.js").read_text(encoding="utf-8")
@@ -25,22 +25,16 @@ def main(argv: list[str] | None = None, folder: Path = ROOT / "slides") -> int:
     parser.add_argument("stems", nargs="*", help="chapters, as 01_normalization (all)")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="write contact sheets")
     options = parser.parse_args(argv)
-    decks = [folder / f"{s}.html" for s in options.stems] or sorted(folder.glob("*.html"))
-    missing = [deck.name for deck in decks if not deck.is_file()]
-    if missing or not decks:
-        print(f"no {', '.join(missing) or 'decks'} in {folder.name}/; `make slides` builds them",
-              file=sys.stderr)  # fmt: skip
-        return 2
     num_problems = 0
     try:
         with open_browser() as browser:
-            for deck in decks:
+            for deck in built_decks(folder, options.stems):
                 problems, num_slides = check_deck(browser, deck, options.pictures)
                 num_problems += len(problems)
                 print(f"{deck.stem}: {num_slides} slides, {len(problems)} problems", flush=True)
                 for problem in problems:
                     print(f"  {problem}")
-    except NoBrowser as error:
+    except (NoBrowser, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     return 1 if num_problems else 0
