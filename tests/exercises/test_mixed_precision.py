@@ -249,6 +249,7 @@ class TestUnscaleAndClip:
     def test_clips_true_gradients(self, student, rng):
         """clips what is left after the scale is taken off"""
         self._grade(student, rng, 1024.0, 0.5)
+        self._grade(student, rng, 2.0**15, 0.5, std=1e-6)  # without the scale, float16 cannot say
 
     def test_leaves_short_gradients_alone(self, student, rng):
         """leaves gradients alone whose norm is within max_norm"""
