@@ -729,7 +729,6 @@ def by_a_sorted_list(num_ranks, compute_seconds, overhead_seconds, candidates):
     return sorted(steps)[0][1]
 
 
-# Section of both: adjust to the notebook's number.
 PLANNING = "10. Planning"
 
 

@@ -29,6 +29,14 @@ def readable_places(root: Path) -> list[Path]:
     return sorted(p for p in found if p.resolve() not in forbidden and p.exists())
 
 
+def interpreter() -> list[Path]:
+    """This Python as it was called, and each link on the way to its file."""
+    found = [Path(sys.executable)]
+    while found[-1].is_symlink():
+        found.append(found[-1].parent / found[-1].readlink())
+    return found
+
+
 def inside(command: list[str], places: list[Path]) -> list[str]:
     """`command`, run where only `places` are."""
     made = [shutil.which(BUBBLEWRAP) or BUBBLEWRAP, "--unshare-all", "--die-with-parent",
@@ -47,11 +55,10 @@ def works() -> bool:
     """Whether bubblewrap is there and may make namespaces: it is tried."""
     if shutil.which(BUBBLEWRAP) is None:
         return False
-    python = Path(sys.executable)
-    places = [*readable_places(Path("/nowhere")), python, python.resolve()]
+    places = [*readable_places(Path("/nowhere")), *interpreter()]
     try:
         done = subprocess.run(
-            inside([str(python), "-I", "-S", "-c", "import os; os.listdir('/proc/self')"], places),
+            inside([sys.executable, "-I", "-S", "-c", "open('/proc/self/status')"], places),
             stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):

@@ -54,8 +54,8 @@ class Workers:
     @staticmethod
     def _places(root: Path, package: Path) -> list[Path]:
         """What the host itself needs; its workers are left with less where Landlock closes more."""
-        python = Path(sys.executable)
-        return [*namespace.readable_places(root), python, python.resolve(), package / "autograder"]
+        places = namespace.readable_places(root)
+        return [*places, *namespace.interpreter(), package / "autograder"]
 
     @property
     def pid(self) -> int:
