@@ -14,6 +14,7 @@ batch_norm    statistics over the rows of all ranks
 uneven        ranks that run out of data
 one_process   nn.DataParallel, told as messages
 sampler       which rows a rank takes
+transparent   wrapped parameters keep their names
 restart       from a checkpoint, with another number of ranks
 
 Letters: N ranks, B bytes of a tensor (rows of a batch where it says so).
@@ -47,6 +48,7 @@ from reference.parallel.data_parallel.restart import (
     save_replica,
 )
 from reference.parallel.data_parallel.sampler import rows_of_rank, rows_of_step
+from reference.parallel.data_parallel.transparent import Transparent
 from reference.parallel.data_parallel.uneven import uneven
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "AllReduceCost",
     "Restarted",
     "SyncBatchNorm",
+    "Transparent",
     "all_reduce_cost",
     "convert",
     "data_parallel_step",

@@ -8,7 +8,8 @@
 memory      what each stage keeps and sends, in closed form; which stage fits
 flat        many tensors as one vector in N parts
 stages      ZeRO 1 and 2, and plain data parallelism as stage 0; offload to the host
-unit, fsdp  stage 3: gather, compute, forget; prefetch, mixed precision, hybrid sharding
+rows        parameters cut along their first dimension, many in one message
+unit, gather, fsdp   stage 3: gather, compute, forget; prefetch, mixed precision, hybrid sharding
 reduction   one gradient buffer at a time; the norm of what nobody holds whole
 checkpoint  written by N ranks, read by M
 

@@ -1,14 +1,14 @@
-"""Sharded checkpoints: each rank writes its part, and any number of ranks reads them.
+"""Sharded checkpoints: each rank writes its rows, and any number of ranks reads them.
 
-A run on 8 ranks stops, and 6 come back. Parts are cut at other places now, but the vector of a unit
-is the same; so a rank that needs elements [a, b) reads them from whichever files have them, and
-reads no more.
+A run on 8 ranks stops, and 6 come back. Parameters are cut at other rows now, but their rows are
+the same; so a rank that needs rows [a, b) reads them from whichever files have them, and reads no
+more.
 
-    model.json                        units, names, shapes, world size
-    rank-00000-of-00008.safetensors   "layers.0/parameter", "layers.0/exp_avg", ... each (n,)
+    model.json                        names, shapes and dtypes; world size, step
+    rank-00000-of-00008.safetensors   "layers.0.wq/parameter", "layers.0.wq/exp_avg", ...: its rows
 
-Everything is written beside its place and moved there at the end, so that a run that dies while
-saving leaves the last whole checkpoint.
+Buffers are in the first file. Everything is written beside its place and moved there at the end, so
+that a run that dies while saving leaves the last whole checkpoint.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from reference.parallel.zero.flat import FlatLayout
 from reference.parallel.zero.fsdp import FSDP
-from reference.parallel.zero.unit import Unit
+from reference.parallel.zero.rows import rows_of
+from reference.parallel.zero.unit import Held
 
 INDEX = "model.json"
 
@@ -34,25 +34,23 @@ def save_sharded(
     folder: str | Path, model: FSDP, optimizer: torch.optim.Optimizer | None = None, *,
     step: int = 0,
 ) -> None:  # fmt: skip
-    """Write this rank's parts of parameters and optimizer states; collective.
+    """Write this rank's rows of parameters and optimizer states, and the buffers; collective.
 
     With hybrid sharding one of the replicas writes. An existing checkpoint is replaced when all
     ranks have written.
 
-    Raises: OSError where the folder cannot be written.
+    Raises: OSError where the folder cannot be written; ValueError for an optimizer's state that is
+    neither as large as its parameter nor a number.
     """
     comm, folder = model.comm, Path(folder)
     writing = folder.with_name(f"{folder.name}.writing")
+    tensors = _tensors(model, optimizer)
     is_writer = model.replicas is None or model.replicas.rank == 0
     if is_writer:
         if comm.rank == 0:
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
         comm.barrier()
-        tensors = {}
-        for unit in model.units:
-            for name, part in _parts(unit, optimizer).items():
-                tensors[f"{unit.name}/{name}"] = part.detach().contiguous()
         save_file(tensors, writing / _file(comm.rank, comm.size))
         comm.barrier()
         if comm.rank == 0:
@@ -67,10 +65,10 @@ def save_sharded(
 def load_sharded(
     folder: str | Path, model: FSDP, optimizer: torch.optim.Optimizer | None = None
 ) -> int:
-    """Fill this rank's parts from a checkpoint of any world size; the step at which it was saved.
+    """Fill this rank's shards from a checkpoint of any world size; the step at which it was saved.
 
     Raises: FileNotFoundError for a folder or a rank's file that is missing; ValueError where the
-    checkpoint is of another model or other units, or has no optimizer states that are asked for.
+    checkpoint is of another model, or has no optimizer states that are asked for.
     """
     folder = Path(folder)
     if not (folder / INDEX).is_file():
@@ -81,21 +79,81 @@ def load_sharded(
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(f"{folder}: expected {len(files)} parts, missing {missing}")
-    opened = [safe_open(file, framework="pt") for file in files]
-    for unit in model.units:
-        saved_numel = _saved_layout(unit, index["world_size"]).shard_numel
-        states = [k.split("/")[1] for k in opened[0].keys() if k.split("/")[0] == unit.name]
-        loaded = {name: _read(opened, f"{unit.name}/{name}", unit, saved_numel) for name in states}
-        with torch.no_grad():
-            unit.shard.copy_(loaded.pop("parameter"))
-        if optimizer is not None:
-            _fill(optimizer, unit.shard, loaded)
+    saved = _Saved([safe_open(file, framework="pt") for file in files])
+    if optimizer is not None and not saved.has_states:
+        raise ValueError("checkpoint: expected optimizer states, found parameters alone")
+    with torch.no_grad():
+        for held in _held(model):
+            held.parameter.copy_(saved.rows(held, "parameter", model.comm))
+            states = {kind: saved.rows(held, kind, model.comm) for kind in saved.states(held.name)}
+            if optimizer is not None and states:
+                optimizer.state[held.parameter] = states
+        for name, buffer in _buffers(model).items():
+            buffer.copy_(saved.opened[0].get_tensor(f"{name}/buffer"))
     return int(index["step"])
 
 
-def _parts(unit: Unit, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    state = optimizer.state.get(unit.shard, {}) if optimizer else {}
-    return {"parameter": unit.shard, **state}
+class _Saved:
+    """The opened files of a checkpoint, in rank order."""
+
+    def __init__(self, opened: list[Any]) -> None:
+        self.opened = opened
+        self._kinds: dict[str, list[str]] = {}
+        for key in opened[0].keys():
+            name, _, kind = key.rpartition("/")
+            self._kinds.setdefault(name, []).append(kind)
+
+    @property
+    def has_states(self) -> bool:
+        return any(set(kinds) - {"parameter", "buffer"} for kinds in self._kinds.values())
+
+    def states(self, name: str) -> list[str]:
+        """Which optimizer states there are of a parameter."""
+        return [kind for kind in self._kinds[name] if kind not in ("parameter", "buffer")]
+
+    def rows(self, held: Held, kind: str, comm: Any) -> Tensor:
+        """This rank's rows, from the files that have them."""
+        key, total = f"{held.name}/{kind}", held.shape[0]
+        if not self.opened[0].get_slice(key).get_shape():
+            return self.opened[0].get_tensor(key)  # Adam's count of steps, the same on each rank
+        wanted = rows_of(total, comm.size, comm.rank)
+        pieces = []
+        for rank, file in enumerate(self.opened):
+            there = rows_of(total, len(self.opened), rank)
+            low, high = max(wanted.start, there.start), min(wanted.stop, there.stop)
+            if low < high:
+                pieces.append(file.get_slice(key)[low - there.start : high - there.start])
+        return torch.cat(pieces) if pieces else self.opened[0].get_slice(key)[:0]
+
+
+def _held(model: FSDP) -> list[Held]:
+    return [held for unit in model.units for held in unit.held]
+
+
+def _buffers(model: FSDP) -> dict[str, Tensor]:
+    """Those that belong to the state: not the tables that can be made again."""
+    shards = {id(held.parameter) for held in _held(model)}
+    state = model.module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if id(tensor) not in shards}
+
+
+def _tensors(model: FSDP, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """All that this rank writes, by its name in the file."""
+    found = {}
+    for held in _held(model):
+        found[f"{held.name}/parameter"] = held.parameter.detach().contiguous()
+        states = optimizer.state.get(held.parameter, {}) if optimizer else {}
+        for kind, value in states.items():
+            state = torch.as_tensor(value)
+            if state.ndim and state.shape != held.parameter.shape:
+                raise ValueError(
+                    f"optimizer: expected states like {held.name}, {tuple(held.parameter.shape)}, "
+                    f"or numbers; {kind} has the shape {tuple(state.shape)}"
+                )
+            found[f"{held.name}/{kind}"] = state.contiguous()
+    if model.comm.rank == 0:
+        found |= {f"{name}/buffer": b.contiguous() for name, b in _buffers(model).items()}
+    return found
 
 
 def _file(rank: int, world_size: int) -> str:
@@ -103,45 +161,14 @@ def _file(rank: int, world_size: int) -> str:
 
 
 def _index(model: FSDP, step: int) -> dict[str, Any]:
-    units = {
-        unit.name: dict(zip(unit.layout.names, map(list, unit.layout.shapes), strict=True))
-        for unit in model.units
+    parameters = {
+        held.name: [list(held.shape), str(held.parameter.dtype)] for held in _held(model)
     }
-    return {"world_size": model.comm.size, "step": step, "units": units}
+    return {"world_size": model.comm.size, "step": step, "parameters": parameters}
 
 
 def _check_index(index: dict[str, Any], model: FSDP) -> None:
-    ours = _index(model, 0)["units"]
-    if index["units"] != ours:
-        differing = sorted(
-            name
-            for name in {**index["units"], **ours}
-            if index["units"].get(name) != ours.get(name)
-        )
-        raise ValueError(f"checkpoint: expected the units of this model, differs in {differing}")
-
-
-def _saved_layout(unit: Unit, world_size: int) -> FlatLayout:
-    return FlatLayout(unit.layout.names, unit.layout.shapes, world_size)
-
-
-def _read(opened: list[Any], key: str, unit: Unit, saved_numel: int) -> Tensor:
-    """Elements of this rank's part, from the files that have them; padding is zero."""
-    if not opened[0].get_slice(key).get_shape():
-        return opened[0].get_tensor(key)  # Adam's count of steps, the same on each rank
-    numel = unit.layout.shard_numel
-    start = unit.comm.rank * numel
-    end = min(start + numel, unit.layout.numel)
-    pieces = []
-    for rank in range(start // saved_numel, -(-end // saved_numel)):
-        offset = rank * saved_numel
-        low, high = max(start - offset, 0), min(end - offset, saved_numel)
-        pieces.append(opened[rank].get_slice(key)[low:high])
-    part = torch.cat([*pieces, torch.zeros(0)])
-    return nn.functional.pad(part, (0, numel - part.numel()))
-
-
-def _fill(optimizer: torch.optim.Optimizer, shard: nn.Parameter, state: dict[str, Tensor]) -> None:
-    if not state:
-        raise ValueError("checkpoint: expected optimizer states, found parameters alone")
-    optimizer.state[shard] = state
+    saved, ours = index["parameters"], _index(model, 0)["parameters"]
+    if saved != ours:
+        names = sorted(n for n in {**saved, **ours} if saved.get(n) != ours.get(n))
+        raise ValueError(f"checkpoint: expected the parameters of this model, differs in {names}")

@@ -1,22 +1,23 @@
-"""FSDP: each rank keeps a part of every layer, and borrows the rest while the layer computes.
+"""FSDP: each rank keeps a shard of every parameter, and borrows the rest while a layer computes.
 
-A model is cut into units, say its blocks. A unit's parameters are one flat vector, of which each
-rank owns one part, a float32 nn.Parameter: all that the optimizer sees. Then
+A model is cut into units, say its blocks. Each rank owns some rows of each of a unit's parameters;
+those shards are all that the optimizer sees. Then
 
     forward    all-gather the unit; compute; forget what was gathered
     backward   all-gather it again; compute; reduce-scatter the gradient; forget
 
-An autograd node stands between the part and the layer's tensors: forward it gathers, backward it
-reduces and scatters. What the layer saves for backward must not keep the gathered vector alive, so
-saved views of it are replaced by notes ("elements 10 to 20 of unit 3"), and the first note that
-backward reads brings the unit back.
+An autograd node stands between the shards and the layer's tensors: forward it gathers, backward it
+reduces and scatters. What the layer saves for backward must not keep gathered tensors alive, so
+saved views of them are replaced by notes ("rows 10 to 20 of parameter 3 of unit 2"), and the first
+note that backward reads brings the unit back.
 
     prefetch                next unit's all-gather starts              at most in memory
-    none                    when its first note is read                1 unit
+    none                    when its backward begins                   1 unit
     "post"                  after this unit's gradient is computed     1 unit, and its gradient
     "pre"                   before this unit's gradient is computed    2 units, and a gradient
 
-Papers: ZeRO stage 3, 1910.02054, sec. 5.3; FSDP, 2304.11277, sec. 3 and 4.
+Papers: ZeRO stage 3, 1910.02054, sec. 5.3; FSDP, 2304.11277, sec. 3 and 4. Parameters kept apart:
+torch's fully_shard (FSDP2); the first FSDP laid a unit's into one vector (flat.py).
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from reference.parallel.data_parallel import Transparent
 from reference.parallel.ranks import Comm
-from reference.parallel.zero.reduction import GradientReducer, clip_shards
-from reference.parallel.zero.unit import Unit
+from reference.parallel.zero.gather import Gathering
+from reference.parallel.zero.reduction import clip_shards
+from reference.parallel.zero.unit import Unit, take_over
 
 Prefetch = Literal["pre", "post"] | None
 
@@ -42,27 +44,35 @@ Prefetch = Literal["pre", "post"] | None
 class MixedPrecision:
     """The dtype in which parameters are gathered and computed with, and that of the reduction.
 
-    Shards, their gradients and the optimizer stay float32: they are the master weights.
+    Shards, their gradients and the optimizer keep the parameters' own dtype: float32 ones are the
+    master weights. None leaves a dtype as it is.
 
-    Source: FSDP, arXiv 2304.11277, sec. 4.4.
+    Source: FSDP, arXiv 2304.11277, sec. 4.4; MixedPrecisionPolicy of fully_shard.
     """
 
-    param_dtype: torch.dtype = torch.float32
+    param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
 
 
-class FSDP(nn.Module):
+class FSDP(Transparent):
     """A model whose parameters, gradients and optimizer states are sharded over `comm`.
 
-    `units`: the modules that are gathered one by one; parameters outside of them are one unit more,
-    the root's, which stays gathered from forward to backward. The model is taken over: its
-    parameters become views that exist while their unit computes. All ranks start from the values of
-    rank 0. A model on the meta device gets shards of zeros, to be loaded. `replicas` makes it
-    hybrid (HSDP): shards within `comm`, copies along `replicas`.
+    `units`: the modules that are gathered one by one; parameters outside of them, and those that
+    several units share, are one unit more, the root's, which stays gathered from forward to
+    backward. The model is taken over: each parameter becomes this rank's rows of it, and keeps its
+    name, dtype, number of dimensions and requires_grad; its `whole_shape` is that of the whole.
+    Frozen parameters are gathered and never reduced. A parameter that no rank has used has no
+    gradient. All ranks start from the parameters and buffers of rank 0. A model on the meta device
+    gets shards of zeros, to be loaded. `replicas` makes it hybrid (HSDP): shards within `comm`,
+    copies along `replicas`.
 
-    Raises: ValueError for units that are not modules of the model, twice or nested, without
-    parameters, or another word for backward_prefetch.
-    Source: FSDP, arXiv 2304.11277, sec. 3.
+    Norms of gradients are this rank's alone: clip with `clip_grad_norm`. Forward on all ranks must
+    run the same units in the same order.
+
+    Raises: ValueError for units that are not modules of the model, twice or nested, or without
+    parameters; for scalars; for a model that is sharded already; for another word for
+    backward_prefetch. TypeError for recurrent layers.
+    Source: FSDP, arXiv 2304.11277, sec. 3; torch.distributed.fsdp.fully_shard.
     """
 
     def __init__(
@@ -86,158 +96,145 @@ class FSDP(nn.Module):
         self.reshard_after_forward = reshard_after_forward
         self.backward_prefetch, self.forward_prefetch = backward_prefetch, forward_prefetch
         self.precision = precision or MixedPrecision()
-        self.is_synchronising = True
-        self._reducer = GradientReducer(comm, replicas)
+        self._num_running = 0
         self._order: list[Unit] = []
         self._previous_order: list[Unit] = []
-        self._has_callback = False
         self.units = [
-            Unit(name, module, skip, comm, replicas, self.precision.param_dtype)
-            for name, module, skip in _divide(model, list(units))
+            Unit(name, module, held, comm, replicas, self.precision.param_dtype)
+            for name, module, held in take_over(model, list(units))
         ]
-        self.shards = nn.ParameterList(unit.shard for unit in self.units)
+        self._send_buffers()
+        self._gathering = Gathering(self.units, comm, replicas, self.precision.reduce_dtype)
+        if backward_prefetch == "post":
+            self._gathering.on_gradient = lambda unit: _prefetch_after(unit, self._order[::-1])
         for unit in self.units:
             self._wrap(unit)
 
+    @property
+    def shards(self) -> nn.ParameterList:
+        """This rank's part of each parameter, in the model's order."""
+        return nn.ParameterList(self.parameters())
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._previous_order, self._order = self._order or self._previous_order, []
-        return self.module(*args, **kwargs)
+        if not _is_in_backward():
+            self._gathering.recover()
+            self._previous_order, self._order = self._order or self._previous_order, []
+        self._num_running += 1
+        try:
+            for unit in self.units:
+                unit.hide()
+            return self.module(*args, **kwargs)
+        finally:
+            self._num_running -= 1
+            for unit in self.units:
+                self._conceal(unit)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Accumulate full gradients here, without communication: they stay unsharded meanwhile."""
-        self.is_synchronising = False
+        """Accumulate whole gradients here, without communication, for the next backward outside."""
+        before, self._gathering.is_synchronising = self._gathering.is_synchronising, False
         try:
             yield
         finally:
-            self.is_synchronising = True
+            self._gathering.is_synchronising = before
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Clip by the norm of the whole gradient; returns it, the same on each rank."""
-        parts = [unit.shard.grad for unit in self.units if unit.shard.grad is not None]
+        """Clip by the norm of the whole gradient; returns it, the same on each rank.
+
+        Raises: RuntimeError while gradients wait that no_sync has kept back.
+        """
+        self._gathering.check_reduced()
+        parts = [p.grad for p in self.parameters() if p.grad is not None]
         return clip_shards(parts, max_norm, self.comm)
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Every parameter whole and in float32, by its name in the model; collective."""
-        return {name: t for unit in self.units for name, t in unit.whole().items()}
+        """Every parameter whole, by its name in the model, and this rank's buffers; collective."""
+        found = {name: t for unit in self.units for name, t in unit.whole().items()}
+        shards = {id(h.parameter): h.name for unit in self.units for h in unit.held}
+        state = {}
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            state[name] = found[shards[id(tensor)]] if id(tensor) in shards else tensor.clone()
+        return state
+
+    @torch.no_grad()
+    def _send_buffers(self) -> None:
+        for buffer in self.module.buffers():
+            if buffer.device.type != "meta":
+                self.comm.broadcast(buffer, src=0)
+                if self.replicas is not None:
+                    self.replicas.broadcast(buffer, src=0)
 
     def _wrap(self, unit: Unit) -> None:
         compute = unit.module.forward
-        is_root = unit.module is self.module
+        keeps = unit.module is self.module or not self.reshard_after_forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             unit.unshard()
             self._order.append(unit)
             if self.forward_prefetch:
-                self._prefetch_after(unit, self._previous_order)
-            if self.precision.param_dtype != torch.float32:
+                _prefetch_after(unit, self._previous_order)
+            if self.precision.param_dtype is not None:
                 args, kwargs = tree_map(self._to_param_dtype, (args, kwargs))
-            with torch.autograd.graph.saved_tensors_hooks(self._note_down(unit), self._read):
-                unit.show(_Gather.apply(unit.shard, unit, self))
+            self._free_after(unit, (args, kwargs))
+            with self._gathering.notes(unit):
+                unit.show(self._gathering.wholes(unit, is_ordered=self.module.training))
                 try:
                     out = compute(*args, **kwargs)
                 finally:
-                    unit.hide()
-            if not torch.is_grad_enabled() or (self.reshard_after_forward and not is_root):
+                    self._conceal(unit)
+            if not _is_in_backward() and (not torch.is_grad_enabled() or not keeps):
                 unit.reshard()
+            self._await_backward(unit, out)
             return out
 
         unit.module.forward = forward
+
+    def _conceal(self, unit: Unit) -> None:
+        if self._num_running:
+            unit.hide()
+        else:
+            unit.reveal()
 
     def _to_param_dtype(self, value: Any) -> Any:
         is_floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(self.precision.param_dtype) if is_floating else value
 
-    def _note_down(self, unit: Unit) -> Any:
-        def pack(tensor: Tensor) -> Tensor | _Note:
-            if not unit.owns(tensor):
-                return tensor
-            return _Note(unit, tensor.shape, tensor.stride(), tensor.storage_offset())
+    def _await_backward(self, unit: Unit, out: Any) -> None:
+        """Bring the unit back when a gradient of its output is there."""
 
-        return pack
+        def begin(_: Tensor) -> None:
+            self._gathering.begin_backward(unit)
+            if self.backward_prefetch == "pre" and not unit.has_prefetched:
+                _prefetch_after(unit, self._order[::-1])
+            unit.has_prefetched = True
 
-    def _read(self, saved: Tensor | _Note) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        unit = saved.unit
-        if unit.full is None:
-            unit.unshard()
-        if self.backward_prefetch == "pre" and self._has_not_prefetched(unit):
-            self._prefetch_after(unit, self._order[::-1])
-        return unit.unshard().as_strided(saved.shape, saved.stride, saved.offset)
+        for tensor in _differentiable(out):
+            tensor.register_hook(begin)
 
-    def _has_not_prefetched(self, unit: Unit) -> bool:
-        is_first, unit.has_prefetched = not unit.has_prefetched, True
-        return is_first
+    def _free_after(self, unit: Unit, inputs: Any) -> None:
+        """Forget the unit when the gradient of its input is there: nothing reads it any more.
 
-    def _prefetch_after(self, unit: Unit, order: list[Unit]) -> None:
-        if unit in order:
-            for following in order[order.index(unit) + 1 :][:1]:
-                following.start_gather()
+        Where all of it learns, that is so as soon as its own gradient is there.
+        """
+        found = _differentiable(inputs)
+        unit.is_freed_by_gradient = not found or len(unit.learning) == len(unit.held)
 
-    def take_gradient(self, unit: Unit, gradient: Tensor) -> None:
-        """The unit's full gradient is there: free the unit, then reduce."""
-        unit.reshard()
-        unit.has_prefetched = False
-        if not self._has_callback:
-            self._has_callback = True
-            Variable._execution_engine.queue_callback(self._end_backward)
-        if self.backward_prefetch == "post":
-            self._prefetch_after(unit, self._order[::-1])
-        unit.comm.memory.label(gradient, "gradients")
-        if unit.unreduced is not None:
-            gradient, unit.unreduced = unit.unreduced.add_(gradient), None
-        if not self.is_synchronising:
-            unit.unreduced = gradient
-            return
-        gradient = gradient.to(self.precision.reduce_dtype or gradient.dtype)
-        self._reducer.start(gradient, unit.accumulate)
+        def end(_: Tensor) -> None:
+            self._gathering.free(unit)
 
-    def _end_backward(self) -> None:
-        self._has_callback = False
-        self._reducer.finish()
-        for unit in self.units:
-            unit.reshard()
-            unit.has_prefetched = False
+        if not unit.is_freed_by_gradient and torch.is_grad_enabled():
+            found[0].register_hook(end)
 
 
-class _Note(NamedTuple):
-    """In place of a saved view of a gathered vector: how to make it again."""
-
-    unit: Unit
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int | torch.SymInt
+def _prefetch_after(unit: Unit, order: list[Unit]) -> None:
+    if unit in order:
+        for following in order[order.index(unit) + 1 :][:1]:
+            following.start_gather()
 
 
-class _Gather(torch.autograd.Function):
-    """Forward from this rank's part to the whole; backward from the whole gradient to its part."""
-
-    @staticmethod
-    def forward(ctx: Any, shard: Tensor, unit: Unit, fsdp: FSDP) -> Tensor:
-        ctx.unit, ctx.fsdp = unit, fsdp
-        full = unit.unshard()
-        return full.view_as(full)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
-        # The part's gradient comes by `accumulate`, when the reduction that starts here has ended.
-        ctx.fsdp.take_gradient(ctx.unit, gradients[0])
-        return None, None, None
+def _differentiable(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.requires_grad]
 
 
-def _divide(
-    model: nn.Module, units: list[nn.Module]
-) -> list[tuple[str, nn.Module, set[nn.Module]]]:
-    """(name, module, modules inside of it that are not its own) for each unit, the root first."""
-    names = {module: name for name, module in model.named_modules()}
-    inside: set[nn.Module] = set()
-    for module in units:
-        if module not in names or module is model:
-            raise ValueError(f"units: expected modules inside of the model, got {type(module)}")
-        if module in inside:
-            raise ValueError(f"units: {names[module]!r} is there twice, or inside of another unit")
-        inside |= set(module.modules())
-    found = [(names[module], module, set[nn.Module]()) for module in units]
-    rest = [p for m in model.modules() if m not in inside for p in m.parameters(recurse=False)]
-    return [("", model, inside), *found] if rest else found
+def _is_in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

@@ -1,135 +1,255 @@
-"""A unit of FSDP: some modules' parameters as one vector, of which this rank owns a part."""
+"""A unit of FSDP: some modules' parameters, of each of which this rank owns a shard.
+
+`take_over` finds out which unit owns which parameter. One that stands in several units (an
+embedding that is the head as well) belongs to the root, which is there while they all compute, so
+it stays one parameter.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from reference.parallel.ranks import Comm, Handle
-from reference.parallel.zero.flat import FlatLayout, layout_of
+from reference.parallel.zero.rows import RowLayout
 
 NOWHERE = torch.empty((), device="meta")
+Place = tuple[nn.Module, str]
+
+
+@dataclass(eq=False)
+class Held:
+    """A parameter, by its name in the model: `parameter` is this rank's shard, `shape` the whole's.
+
+    `places` are all the modules and attributes where it stands.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    places: list[Place] = field(default_factory=list)
 
 
 class Unit:
-    """The part (`shard`), and the whole vector (`full`) from `unshard` to `reshard`.
+    """Shards (`held`), and the whole parameters (`wholes`) from `unshard` to `reshard`.
 
-    The parameters of `module`, without those of the modules in `skip`, are taken out of it. Each
-    rank starts from the values of rank 0, its part alone being sent.
-
-    Raises: ValueError for a unit without parameters, or with one that is not floating point.
+    Parameters keep their dtype; floating ones are gathered in `dtype` where it is given. Each rank
+    starts from the values of rank 0, its part alone being sent.
     """
 
     def __init__(
         self,
         name: str,
         module: nn.Module,
-        skip: set[nn.Module],
+        held: list[Held],
         comm: Comm,
         replicas: Comm | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.name, self.module, self.comm, self.dtype = name, module, comm, dtype
-        self.full: Tensor | None = None
-        self.unreduced: Tensor | None = None
-        self.has_prefetched = False
+        self.name, self.module, self.held, self.comm = name, module, held, comm
+        self.wholes: list[Tensor] | None = None
+        self.has_prefetched, self.is_freed_by_gradient = False, True
+        self.unreduced: dict[int, Tensor] = {}
+        self.owed: set[int] = set()
+        self.leaves: dict[int, Tensor] = {}
+        self._dtype = dtype
         self._gathering: Handle | None = None
-        named, self._places = _take_out(name, module, skip)
-        if not named:
-            raise ValueError(f"units: {name!r} has no parameters of its own")
-        for parameter_name, tensor in named.items():
-            if not tensor.is_floating_point():
-                raise ValueError(f"{parameter_name}: expected floating point, got {tensor.dtype}")
-        self.layout: FlatLayout = layout_of(named.items(), comm.size)
-        self.shard = nn.Parameter(self._first_values(list(named.values()), replicas))
-        comm.memory.label(self.shard, "parameters")
-        self.hide()
+        self._gathered: tuple[int, ...] = ()
+        self._base: dict[int, int] = {}
+        shapes = tuple(h.shape for h in held)
+        self._take_first_values(RowLayout(shapes, self._dtypes(), comm.size), replicas)
+        self._layout = RowLayout(shapes, self._dtypes(dtype), comm.size)
+
+    @property
+    def learning(self) -> list[int]:
+        """Which parameters require a gradient, now."""
+        return [i for i, held in enumerate(self.held) if held.parameter.requires_grad]
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Changes when a shard is written to."""
+        return tuple(held.parameter._version for held in self.held)
 
     def start_gather(self) -> None:
-        """Begin to collect the parts, unless that is under way or done."""
-        if self.full is None and self._gathering is None:
-            part = self.shard.detach().to(self.dtype)
-            self._gathering = self.comm.all_gather(part, async_op=True)
+        """Begin to collect the shards, unless that is under way or done."""
+        if self.wholes is not None and self._gathered != self.version:
+            self.wholes = None  # left over from before an optimizer's step
+        if self.wholes is None and self._gathering is None:
+            shards = [
+                held.parameter.detach().to(dtype)
+                for held, dtype in zip(self.held, self._layout.dtypes, strict=True)
+            ]
+            self._gathered = self.version
+            self._gathering = self.comm.all_gather(self._layout.pack(shards), async_op=True)
 
-    def unshard(self) -> Float[Tensor, " P"]:
-        """The whole vector, waited for; at once if it is there."""
+    def unshard(self) -> list[Tensor]:
+        """The whole parameters, waited for; at once if they are there."""
         self.start_gather()
         if self._gathering is not None:
-            self.full, self._gathering = self._gathering.wait(), None
-        assert self.full is not None
-        return self.full
+            message, self._gathering = self._gathering.wait(), None
+            with self.comm.memory.category("communication_buffers"):
+                self.wholes = self._layout.wholes(message)
+            self._base = {}
+            for i, whole in enumerate(self.wholes):
+                self._base.setdefault(_storage(whole), i)
+        assert self.wholes is not None
+        return self.wholes
 
     def reshard(self) -> None:
-        """Forget the whole: its memory is free when nobody looks at it any more."""
+        """Forget the wholes: their memory is free when nobody looks at it any more."""
         if self._gathering is not None:
             self._gathering.wait()
-        self.full = self._gathering = None
+        self.wholes = self._gathering = None
+        self._base = {}
 
-    def show(self, full: Float[Tensor, " P"]) -> None:
-        """Let the module see the vector's views in place of its parameters."""
-        for places, view in zip(self._places, self.layout.views(full), strict=True):
-            for owner, attribute in places:
-                setattr(owner, attribute, view)
+    def gathered_dtype(self, i: int) -> torch.dtype:
+        """In which parameter i is computed with, and has its gradient."""
+        return self._layout.dtypes[i]
+
+    def base_of(self, tensor: Tensor) -> int | None:
+        """The number of a whole parameter whose storage the tensor looks at, if there is one."""
+        return self._base.get(_storage(tensor)) if self._base else None
+
+    def show(self, tensors: Iterable[Tensor]) -> None:
+        """Let the module see these in place of its shards."""
+        for held, tensor in zip(self.held, tensors, strict=True):
+            for owner, attribute in held.places:
+                owner.__dict__[attribute] = tensor
 
     def hide(self) -> None:
         """Let the module see shapes alone: used out of turn, they give an error, not old values."""
-        for places, shape in zip(self._places, self.layout.shapes, strict=True):
-            for owner, attribute in places:
-                setattr(owner, attribute, NOWHERE.expand(shape))
+        self.show(NOWHERE.expand(held.shape) for held in self.held)
 
-    def owns(self, tensor: Tensor) -> bool:
-        """Whether the tensor is a view of the whole vector."""
-        return (
-            self.full is not None
-            and tensor.untyped_storage()._cdata == self.full.untyped_storage()._cdata
-        )
+    def reveal(self) -> None:
+        """Let the module see its shards."""
+        for held in self.held:
+            for owner, attribute in held.places:
+                owner.__dict__.pop(attribute, None)
 
-    def accumulate(self, part: Float[Tensor, " n"]) -> None:
-        """Add this rank's part of the mean gradient, in float32."""
-        part = part.to(self.shard.dtype)
-        if self.shard.grad is None:
-            self.shard.grad = part
-            self.comm.memory.label(part, "gradients")
-        else:
-            self.shard.grad.add_(part)
+    def accumulate(self, gradients: dict[int, Tensor]) -> None:
+        """Add this rank's shards of a mean gradient, in the shards' own dtype."""
+        for i, gradient in gradients.items():
+            parameter = self.held[i].parameter
+            if parameter.grad is not None:
+                parameter.grad.add_(gradient.to(parameter.dtype))
+                continue
+            with self.comm.memory.category("gradients"):
+                parameter.grad = gradient.to(parameter.dtype, copy=True)
+            self.comm.memory.label(parameter.grad, "gradients")
 
     def whole(self) -> dict[str, Tensor]:
-        """Copies of the parameters, gathered in the shard's own precision, by name; collective."""
-        full = self.comm.all_gather(self.shard.detach())
-        views = self.layout.views(full)
-        return {n: v.clone() for n, v in zip(self.layout.names, views, strict=True)}
+        """Copies of the parameters in their own dtypes, gathered, by name; collective."""
+        layout = RowLayout(self._layout.shapes, self._dtypes(), self.comm.size)
+        message = self.comm.all_gather(layout.pack([h.parameter for h in self.held]))
+        wholes = layout.wholes(message)
+        return {held.name: t.clone() for held, t in zip(self.held, wholes, strict=True)}
 
-    def _first_values(self, tensors: list[Tensor], replicas: Comm | None) -> Tensor:
-        shard = torch.zeros(self.layout.shard_numel, device=self.comm.device)
-        if tensors[0].device.type == "meta":
-            return shard
-        if replicas is None or replicas.rank == 0:
-            is_source = self.comm.rank == 0
-            flat = self.layout.flatten(t.detach().float() for t in tensors) if is_source else None
-            self.comm.scatter(shard, flat, src=0)
-        if replicas is not None:
-            replicas.broadcast(shard, src=0)
-        return shard
+    def _dtypes(self, dtype: torch.dtype | None = None) -> tuple[torch.dtype, ...]:
+        stored = (held.parameter.dtype for held in self.held)
+        return tuple(dtype if dtype and d.is_floating_point else d for d in stored)
+
+    def _take_first_values(self, layout: RowLayout, replicas: Comm | None) -> None:
+        comm = self.comm
+        is_meta = [held.parameter.device.type == "meta" for held in self.held]
+        row = torch.zeros(
+            layout.row_numel,
+            dtype=torch.uint8 if layout.is_bytes else layout.dtypes[0],
+            device=comm.device,
+        )
+        if not all(is_meta):
+            if replicas is None or replicas.rank == 0:
+                wholes = [
+                    torch.zeros(held.shape, dtype=held.parameter.dtype) if meta else held.parameter
+                    for held, meta in zip(self.held, is_meta, strict=True)
+                ]
+                message = layout.spread(wholes) if comm.rank == 0 else None
+                comm.scatter(row, message, src=0)
+            if replicas is not None:
+                replicas.broadcast(row, src=0)
+        for held, shard, meta in zip(
+            self.held, layout.shards(row, comm.rank), is_meta, strict=True
+        ):
+            _become(held, shard.clone(), is_meta=meta)
+            comm.memory.label(held.parameter, "parameters")
 
 
-def _take_out(
-    prefix: str, module: nn.Module, skip: set[nn.Module]
-) -> tuple[dict[str, Tensor], list[list[tuple[nn.Module, str]]]]:
-    """Parameters by name, each with all places where it stands: shared ones stand in several."""
-    named: dict[str, Tensor] = {}
-    places: dict[int, list[Any]] = {}
-    for module_name, owner in module.named_modules(prefix=prefix):
-        if owner in skip:
-            continue
-        for attribute, parameter in list(owner._parameters.items()):
+def take_over(
+    model: nn.Module, units: list[nn.Module]
+) -> list[tuple[str, nn.Module, list[Held]]]:
+    """(name, module, parameters) for each unit, the root first if it owns any.
+
+    Raises: ValueError for units that are not modules of the model, twice, nested or without
+    parameters; for parameters that are sharded already; TypeError for a recurrent layer.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    inside: set[nn.Module] = set()
+    for module in units:
+        if module not in names or module is model:
+            raise ValueError(f"units: expected modules inside of the model, got {type(module)}")
+        if module in inside:
+            raise ValueError(f"units: {names[module]!r} is there twice, or inside of another unit")
+        if not any(True for _ in module.parameters()):
+            raise ValueError(f"units: {names[module]!r} has no parameters")
+        inside |= set(module.modules())
+    owner: dict[int, nn.Module] = {}
+    for module in units:
+        for parameter in module.parameters():
+            owner[id(parameter)] = model if id(parameter) in owner else module
+    for module in names.keys() - inside:
+        for parameter in module.parameters(recurse=False):
+            owner[id(parameter)] = model
+    owned: dict[nn.Module, list[Held]] = {module: [] for module in (model, *units)}
+    for held in _held(model):
+        owned[owner[id(held.parameter)]].append(held)
+    return [(names[module], module, held) for module, held in owned.items() if held]
+
+
+def _held(model: nn.Module) -> list[Held]:
+    """Every parameter once, with all its places."""
+    found: dict[int, Held] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            raise TypeError(
+                f"{prefix}: expected modules that read their parameters as attributes, got "
+                f"{type(module).__name__}, which keeps a list of them besides"
+            )
+        for attribute, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if id(parameter) not in places:
-                named[f"{module_name}.{attribute}".lstrip(".")] = parameter
-                places[id(parameter)] = []
-            places[id(parameter)].append((owner, attribute))
-            del owner._parameters[attribute]
-    return named, list(places.values())
+            name = f"{prefix}.{attribute}".lstrip(".")
+            if hasattr(parameter, "whole_shape"):
+                raise ValueError(f"model: {name} is sharded already; wrap a model once")
+            if id(parameter) not in found:
+                found[id(parameter)] = Held(name, parameter, tuple(parameter.shape))
+            found[id(parameter)].places.append((module, attribute))
+    if not found:
+        raise ValueError("model: expected parameters, got none")
+    return list(found.values())
+
+
+def _become(held: Held, shard: Tensor, *, is_meta: bool) -> None:
+    """Let the parameter hold its shard: the same object, so that optimizers and hooks stay."""
+    if is_meta:
+        held.parameter = nn.Parameter(shard, requires_grad=held.parameter.requires_grad)
+        for owner, attribute in held.places:
+            owner._parameters[attribute] = held.parameter
+    else:
+        held.parameter.data = shard
+    held.parameter.whole_shape = torch.Size(held.shape)  # type: ignore[attr-defined]
+
+    def refuse(gradient: Tensor | None) -> None:
+        if gradient is not None:
+            raise RuntimeError(
+                f"{held.name}: this rank's shard was used in place of the parameter, outside of "
+                "the forward of its unit; compute with it inside of the model"
+            )
+
+    if held.parameter.requires_grad:
+        held.parameter.register_hook(refuse)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -48,8 +48,9 @@ def train(comm, *, max_norm=None, num_micro=1, model=None, **options):
 def assert_same(ours, truth):
     assert ours.keys() == truth.keys()
     for name in truth:
-        # Three AdamW steps from another order of summation: roundings of m and v add up.
-        assert_close(ours[name], truth[name], rtol=2e-5, atol=2e-6)
+        # Three AdamW steps from another order of summation: roundings of m and v add up, and
+        # m / sqrt(v) of tiny gradients magnifies them.
+        assert_close(ours[name], truth[name], rtol=2e-5, atol=4e-6)
 
 
 @pytest.mark.parametrize(
@@ -181,11 +182,12 @@ def one_step(comm, options, width=32, batch=8, num_layers=6):
 
 
 def test_traffic_is_that_of_zero_3():
-    num_parameters = 6 * 32 * 32
+    num_parameters, num_matrices = 6 * 32 * 32, 6
+    who_used_what = 3 * num_matrices  # a number for each parameter and other rank
     for _, traffic, _ in run(4, one_step, {}).results:
-        assert traffic.wire_bytes == 4 * elements_sent(num_parameters, 4, 3)
+        assert traffic.wire_bytes == 4 * (elements_sent(num_parameters, 4, 3) + who_used_what)
     for _, traffic, _ in run(4, one_step, {"reshard_after_forward": False}).results:
-        assert traffic.wire_bytes == 4 * elements_sent(num_parameters, 4, 2)
+        assert traffic.wire_bytes == 4 * (elements_sent(num_parameters, 4, 2) + who_used_what)
 
 
 @pytest.mark.slow
@@ -236,7 +238,8 @@ def test_memory_of_8_billion_parameters_on_1024_ranks():
     )
     with torch.device("meta"):
         model = Llama(config)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    # Rank 0 has the most rows: 126 of the vocabulary's 128256, where the mean is 125.25.
+    num_parameters = 1024 * sum(-(-len(p) // 1024) * p[0].numel() for p in model.parameters())
 
     def program(comm):
         fsdp = FSDP(model, comm, model.layers)
@@ -321,13 +324,32 @@ def test_rejects_checkpoints_that_do_not_fit(tmp_path):
 
 
 def test_parameters_out_of_turn_give_an_error_not_old_values():
-    def program(comm):
+    def regularised(comm):
         model = fresh()
-        FSDP(model, comm, model.layers)
-        model.layers[0].mlp.down_proj.weight @ torch.ones(CONFIG.hidden_dim)
+        fsdp = FSDP(model, comm, model.layers)
+        (loss_of(fsdp, batches()[0]) + model.layers[0].mlp.up_proj.weight.square().sum()).backward()
+
+    def stepped(comm):
+        model = fresh()
+        fsdp = FSDP(model, comm, model.layers)
+        loss = loss_of(fsdp, batches()[0])
+        with torch.no_grad():
+            model.layers[1].mlp.up_proj.weight.mul_(2)
+        loss.backward()
+
+    def late(comm):
+        model = fresh()
+        fsdp = FSDP(model, comm, model.layers)
+        weight = model.layers[0].mlp.up_proj
+        fsdp.module.register_forward_pre_hook(lambda *_: weight.weight @ torch.ones(CONFIG.dim))
+        loss_of(fsdp, batches()[0])
 
     with pytest.raises(RuntimeError, match="meta"):
-        run(2, program)
+        run(2, late)
+    with pytest.raises(RuntimeError, match="layers.0.mlp.up_proj.weight: this rank's shard was"):
+        run(2, regularised)
+    with pytest.raises(RuntimeError, match="layers.1: its parameters have changed since"):
+        run(2, stepped)
 
 
 @pytest.mark.parametrize(
@@ -345,10 +367,23 @@ def test_rejects(message, build):
         run(1, lambda comm: build(fresh(), comm))
 
 
-def test_rejects_units_without_parameters_and_whole_numbers():
+def test_rejects_what_cannot_be_sharded():
+    def build(*layers, units=()):
+        def program(comm):
+            model = nn.Sequential(*layers)
+            return FSDP(model, comm, [model[i] for i in units])
+
+        return lambda: run(1, program)
+
     with pytest.raises(ValueError, match="'1' has no parameters"):
-        run(1, lambda c: FSDP(m := nn.Sequential(nn.Linear(2, 2), nn.ReLU()), c, [m[1]]))
-    whole = nn.Linear(2, 2, bias=False)
-    whole.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int64), requires_grad=False)
-    with pytest.raises(ValueError, match="expected floating point, got torch.int64"):
-        run(1, lambda c: FSDP(nn.Sequential(whole), c))
+        build(nn.Linear(2, 2), nn.ReLU(), units=[1])()
+    with pytest.raises(ValueError, match="model: expected parameters, got none"):
+        build(nn.ReLU())()
+    with pytest.raises(TypeError, match="0: expected modules that read .* got LSTM"):
+        build(nn.LSTM(2, 2))()
+    scalar = nn.Linear(2, 2)
+    scalar.gain = nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match="expected at least one dimension to cut along"):
+        build(scalar)()
+    with pytest.raises(ValueError, match="0.weight is sharded already; wrap a model once"):
+        run(1, lambda c: FSDP(FSDP(nn.Sequential(nn.Linear(2, 2)), c).module, c))

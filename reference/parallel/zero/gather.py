@@ -1,0 +1,258 @@
+"""Between shards and whole parameters, under autograd: what FSDP does in the middle of backward.
+
+Each forward of a unit is a `Use`. Its gradient arrives in one piece, and leaves as one message. On
+all ranks messages must leave in the same order, or layers would be added to other layers: so a use
+waits until all later ones have left, and one whose gradient has not come by the end of backward (a
+branch that another rank took) leaves with zeros. In the message travels who has used what: a
+parameter that nobody used gets no gradient, and so no weight decay either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import Variable
+
+from reference.parallel.ranks import Comm
+from reference.parallel.zero.reduction import GradientReducer
+from reference.parallel.zero.rows import RowLayout
+from reference.parallel.zero.unit import Unit
+
+
+@dataclass(eq=False)
+class Use:
+    """One forward of a unit: the parameters that were to learn, and then their gradients."""
+
+    unit: Unit
+    learning: list[int]
+    gradients: dict[int, Tensor] | None = None
+
+
+class Gathering:
+    """Gathers units and reduces their gradients. `on_gradient` is called after each arrival."""
+
+    def __init__(
+        self, units: list[Unit], comm: Comm, replicas: Comm | None, dtype: torch.dtype | None
+    ) -> None:
+        self.units, self.is_synchronising = units, True
+        self.on_gradient: Callable[[Unit], None] = lambda unit: None
+        self._comm, self._dtype = comm, dtype
+        self._reducer = GradientReducer(comm, replicas)
+        self._uses: list[Use] = []
+        self._has_callback = False
+
+    def wholes(self, unit: Unit, *, is_ordered: bool) -> list[Tensor]:
+        """What the unit is to compute with: those that learn lead backward to their shards.
+
+        A forward that `is_ordered` expects a backward.
+        """
+        found, learning = list(unit.unshard()), unit.learning
+        if learning and torch.is_grad_enabled():
+            use = Use(unit, learning)
+            shards = [unit.held[i].parameter for i in learning]
+            for i, whole in zip(learning, _Gather.apply(use, self, *shards), strict=True):
+                found[i] = whole
+            if is_ordered:
+                self._uses.append(use)
+        return found
+
+    @contextmanager
+    def notes(self, unit: Unit) -> Iterator[None]:
+        """Inside, what is saved for backward and is a view of a whole parameter is noted down.
+
+        The rest goes to the hooks that were there before, such as those of a checkpoint.
+        """
+        others = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        version = unit.version
+
+        def pack(tensor: Tensor) -> Any:
+            base = unit.base_of(tensor)
+            if base is not None:
+                place = tensor.shape, tensor.stride(), tensor.storage_offset()
+                return _Note(unit, base, *place, version)
+            return others[0](tensor) if others else tensor
+
+        def unpack(saved: Any) -> Tensor:
+            if isinstance(saved, _Note):
+                return self._read(saved)
+            return others[1](saved) if others else saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+    def begin_backward(self, unit: Unit) -> None:
+        """Bring the unit back, and let its module see it: a checkpoint inside computes again."""
+        self._expect_end()
+        wholes = list(unit.unshard())
+        for i in unit.learning:
+            if i not in unit.leaves:
+                unit.leaves[i] = wholes[i].detach().requires_grad_()
+            wholes[i] = unit.leaves[i]
+        unit.show(wholes)
+
+    def free(self, unit: Unit) -> None:
+        """Forget the unit, until its next forward or backward."""
+        self._expect_end()
+        _forget(unit)
+
+    def arrive(self, use: Use, gradients: dict[int, Tensor]) -> None:
+        """A use's gradients are there: they leave, or wait for the turn of their use."""
+        unit = use.unit
+        self._expect_end()
+        for i, leaf in unit.leaves.items():
+            if leaf.grad is not None:
+                gradients[i] = leaf.grad + gradients[i] if i in gradients else leaf.grad
+        unit.leaves = {}
+        if unit.is_freed_by_gradient:
+            self.free(unit)
+        self.on_gradient(unit)
+        self._comm.memory.label(gradients, "gradients")
+        use.gradients = gradients
+        if not self.is_synchronising:
+            self._keep(use)
+        elif use not in self._uses:
+            self._reduce(use)
+        while self._uses and self._uses[-1].gradients is not None:
+            self._reduce(self._uses.pop())
+
+    def recover(self) -> None:
+        """Before a forward: forget a backward that has failed."""
+        if self._has_callback:
+            self._has_callback = False
+            self._uses = []
+            self._reducer.finish()
+            for unit in self.units:
+                unit.unreduced, unit.owed = {}, set()
+                _forget(unit)
+
+    def check_reduced(self) -> None:
+        """Raises: RuntimeError while gradients wait that no_sync has kept back."""
+        waiting = [unit.name or "the root" for unit in self.units if unit.owed]
+        if waiting:
+            raise RuntimeError(
+                f"gradients of {', '.join(waiting)} wait unreduced since no_sync; the last "
+                "backward of a step must be outside of it"
+            )
+
+    def _read(self, note: _Note) -> Tensor:
+        unit = note.unit
+        if note.version != unit.version:
+            raise RuntimeError(
+                f"{unit.name or 'the root'}: its parameters have changed since the forward of "
+                "which this is the backward; call backward before the optimizer's step"
+            )
+        whole = unit.unshard()[note.base]
+        return whole.as_strided(note.shape, note.stride, note.offset)
+
+    def _keep(self, use: Use) -> None:
+        """Without synchronisation: add whole gradients up here."""
+        if use in self._uses:
+            self._uses.remove(use)
+        self._owe(use)
+
+    def _owe(self, use: Use) -> None:
+        use.unit.owed |= set(use.learning)
+        waiting = use.unit.unreduced
+        for i, gradient in (use.gradients or {}).items():
+            waiting[i] = waiting[i].add_(gradient) if i in waiting else gradient
+
+    def _reduce(self, use: Use) -> None:
+        """Start the message of a use, with what no_sync has kept back before."""
+        unit = use.unit
+        self._owe(use)
+        chosen, gradients = sorted(unit.owed), unit.unreduced
+        unit.owed, unit.unreduced, use.gradients = set(), {}, None
+        dtype = self._dtype or _common_dtype(unit, chosen)
+        n, device = self._comm.size, self._comm.device
+        used = torch.tensor([[float(i in gradients) for i in chosen]], dtype=dtype, device=device)
+        shapes = (*(unit.held[i].shape for i in chosen), (n, len(chosen)))
+        layout = RowLayout(shapes, (dtype,) * len(shapes), n)
+        wholes = [
+            gradients.pop(i).to(dtype) if i in gradients
+            else torch.zeros(unit.held[i].shape, dtype=dtype, device=device)
+            for i in chosen
+        ]  # fmt: skip
+        with self._comm.memory.category("gradients"):
+            message = layout.spread([*wholes, used.expand(n, -1)])
+        del wholes
+
+        def deliver(row: Tensor) -> None:
+            *parts, counts = layout.shards(row, self._comm.rank)
+            is_used = _values(counts.flatten())
+            unit.accumulate({i: p for i, p, u in zip(chosen, parts, is_used, strict=True) if u})
+
+        self._reducer.start(message, deliver)
+
+    def _expect_end(self) -> None:
+        if not self._has_callback:
+            self._has_callback = True
+            Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        while self._uses:
+            use = self._uses.pop()
+            if self.is_synchronising:
+                self._reduce(use)
+            else:
+                self._owe(use)
+        if self.is_synchronising:
+            for unit in self.units:
+                if unit.owed:
+                    self._reduce(Use(unit, []))
+        self._reducer.finish()
+        for unit in self.units:
+            _forget(unit)
+        self._has_callback = False
+
+
+class _Note(NamedTuple):
+    """In place of a saved view of a whole parameter: how to make it again."""
+
+    unit: Unit
+    base: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+    version: tuple[int, ...]
+
+
+class _Gather(torch.autograd.Function):
+    """Forward from shards to whole parameters; backward from their gradients to the shards'."""
+
+    @staticmethod
+    def forward(ctx: Any, use: Use, gathering: Gathering, *shards: Tensor) -> tuple[Tensor, ...]:
+        ctx.use, ctx.gathering = use, gathering
+        ctx.set_materialize_grads(False)
+        wholes = use.unit.unshard()
+        return tuple(wholes[i].view_as(wholes[i]) for i in use.learning)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
+        # The shards' gradients come by `accumulate`, when the reduction that starts here has ended.
+        there = zip(ctx.use.learning, gradients, strict=True)
+        ctx.gathering.arrive(ctx.use, {i: g for i, g in there if g is not None})
+        return (None,) * (2 + len(gradients))
+
+
+def _forget(unit: Unit) -> None:
+    unit.reshard()
+    unit.reveal()
+    unit.leaves, unit.has_prefetched = {}, False
+
+
+def _values(counts: Tensor) -> list[float]:
+    """Of a tensor that has only its shape: as if all were used."""
+    return [1.0] * counts.numel() if isinstance(counts, FakeTensor) else counts.tolist()
+
+
+def _common_dtype(unit: Unit, chosen: list[int]) -> torch.dtype:
+    """That of the unit's gradients; float32 where parameters have several."""
+    dtypes = {unit.gathered_dtype(i) for i in chosen}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
