@@ -26,7 +26,8 @@ from reference.parallel.data_parallel.buckets import (
     Named,
     divide,
 )
-from reference.parallel.data_parallel.graph import reached_leaves
+from reference.parallel.data_parallel.graph import reached_leaves, tensors_of
+from reference.parallel.data_parallel.transparent import Transparent, check_learning
 from reference.parallel.ranks import Comm, Handle
 
 
@@ -62,18 +63,21 @@ class Bucket:
                 parameter.grad = part.view_as(parameter)
 
 
-class DDP(nn.Module):
+class DDP(Transparent):
     """`module`, trained by all ranks of `comm` on other rows each.
 
-    Use it as the module; after `backward` each parameter's `.grad` is the mean over ranks, the same
-    on all. Parameters and buffers start as rank 0's, and with `broadcast_buffers` the buffers are
-    rank 0's again before each forward that is to be reduced.
+    Use it as the module, by whose names it has parameters and buffers; after `backward` each
+    parameter's `.grad` is the mean over ranks, the same on all. Parameters and buffers start as
+    rank 0's, and with `broadcast_buffers` the buffers are rank 0's again before each forward that
+    is to be reduced.
 
     `find_unused_parameters` is for models of which a step does not reach every parameter: the
-    graph is searched in each forward. A parameter that no rank reached keeps its `.grad`.
+    graph is searched in each forward. A parameter that no rank has reached since the last
+    reduction, in passes without synchronisation neither, keeps its `.grad`.
 
     Raises: ValueError where nothing learns or a bucket has no size; RuntimeError after a backward
-    that has not reached all parameters, naming them.
+    that has not reached all parameters, naming them; in a forward, where other parameters require
+    a gradient than those that did at the start.
     """
 
     def __init__(
@@ -99,7 +103,8 @@ class DDP(nn.Module):
         self._is_reducing = True
         self._is_expecting, self._is_queued = False, False
         self._num_started = 0
-        self._unused: set[nn.Parameter] = set()
+        self._reached: set[Tensor] = set()
+        self._used: set[nn.Parameter] = set()
         self.send_state(source=0)
         for bucket in self.buckets:
             for parameter in bucket.parameters:
@@ -112,9 +117,7 @@ class DDP(nn.Module):
         output = self.module(*args, **kwargs)
         self._is_expecting = self._is_reducing and torch.is_grad_enabled()
         if self._is_expecting:
-            self._forget()
-            if self.find_unused_parameters:
-                self._note_unused(output)
+            self._expect_backward(output)
         return output
 
     @contextmanager
@@ -139,34 +142,43 @@ class DDP(nn.Module):
         for bucket in self.buckets:
             zeros = torch.cat([torch.zeros_like(p).reshape(-1) for p in bucket.parameters])
             self.comm.all_reduce(zeros)
-        if self.find_unused_parameters:
-            self.comm.all_reduce(self._used_flags(set()), "max")
+        self._used_somewhere(set())
 
     @torch.no_grad()
     def _send_buffers(self) -> None:
         for buffer in self.module.buffers():
             self.comm.broadcast(buffer, src=self.buffers_from)
 
+    def _expect_backward(self, output: Any) -> None:
+        check_learning(self.module, [p for bucket in self.buckets for p in bucket.parameters])
+        if self._is_queued:  # a backward that has failed
+            self._forget()
+        # A nested backward, as a checkpoint has it, ends before the one that is to call us back.
+        for tensor in tensors_of(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._expect_end)
+        if self.find_unused_parameters:
+            self._reached |= reached_leaves(output)
+            for bucket in self.buckets:
+                bucket.arrived = set(bucket.parameters) - self._reached
+
+    def _expect_end(self, _: Tensor | None = None) -> None:
+        if not self._is_queued and self._is_expecting:
+            self._is_queued = True
+            Variable._execution_engine.queue_callback(self._end_backward)
+
     def _forget(self) -> None:
-        self._is_queued, self._num_started = False, 0
+        self._is_queued, self._num_started, self._reached = False, 0, set()
         for bucket in self.buckets:
             bucket.arrived, bucket.flat, bucket.handle = set(), None, None
 
-    def _note_unused(self, output: Any) -> None:
-        reached = reached_leaves(output)
-        self._unused = {p for b in self.buckets for p in b.parameters if p not in reached}
-        for bucket in self.buckets:
-            bucket.arrived |= self._unused & set(bucket.parameters)
-
     def _hook(self, bucket: Bucket) -> Callable[[Tensor], None]:
         def arrived(parameter: Tensor) -> None:
-            if not self._is_expecting:
-                return
-            if not self._is_queued:
-                self._is_queued = True
-                Variable._execution_engine.queue_callback(self._end_backward)
-            bucket.arrived.add(parameter)  # type: ignore[arg-type]
-            self._start_full_buckets()
+            self._used.add(parameter)  # type: ignore[arg-type]
+            if self._is_expecting:
+                self._expect_end()
+                bucket.arrived.add(parameter)  # type: ignore[arg-type]
+                self._start_full_buckets()
 
         return arrived
 
@@ -180,33 +192,33 @@ class DDP(nn.Module):
             self._num_started += 1
 
     def _end_backward(self) -> None:
-        self._is_queued = self._is_expecting = False
-        self._start_full_buckets()
         missing = [
             name
             for bucket in self.buckets
             for name, parameter in zip(bucket.names, bucket.parameters, strict=True)
             if parameter not in bucket.arrived
         ]
-        if missing:
+        if missing and not self.find_unused_parameters:
+            self._forget()
             raise RuntimeError(
                 f"rank {self.comm.rank}: backward has ended without a gradient of "
                 f"{', '.join(missing)}; DDP(..., find_unused_parameters=True) allows that"
             )
-        used = self._used_somewhere()
+        for bucket in self.buckets:
+            bucket.arrived = set(bucket.parameters)
+        self._start_full_buckets()
+        used = self._used_somewhere(self._used)
         for bucket in self.buckets:
             assert bucket.handle is not None
             bucket.give_back(bucket.handle.wait(), used)
             self.comm.memory.label(bucket.flat, "gradients")
-            bucket.flat, bucket.handle = None, None
+        self._used = set()
+        self._forget()
 
-    def _used_somewhere(self) -> set[nn.Parameter]:
+    def _used_somewhere(self, here: set[nn.Parameter]) -> set[nn.Parameter]:
         parameters = [p for bucket in self.buckets for p in bucket.parameters]
         if not self.find_unused_parameters:
             return set(parameters)
-        flags = self.comm.all_reduce(self._used_flags(set(parameters) - self._unused), "max")
+        flags = torch.tensor([p in here for p in parameters], dtype=torch.int32)
+        flags = self.comm.all_reduce(flags.to(self.comm.device), "max")
         return {p for p, flag in zip(parameters, flags.tolist(), strict=True) if flag}
-
-    def _used_flags(self, used: set[nn.Parameter]) -> Tensor:
-        flags = [p in used for bucket in self.buckets for p in bucket.parameters]
-        return torch.tensor(flags, dtype=torch.int32, device=self.comm.device)

@@ -13,7 +13,7 @@ def reached_leaves(output: Any) -> set[Tensor]:
 
     Raises: TypeError for an output without tensors that require a gradient.
     """
-    roots = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+    roots = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
     if not roots:
         raise TypeError(f"output: expected tensors with a graph, got {type(output).__name__}")
     seen: set[Any] = set(roots)
@@ -30,11 +30,12 @@ def reached_leaves(output: Any) -> set[Tensor]:
     return leaves
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of an output: itself, or those in its lists, tuples and dicts."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):
         output = output.values()
     if isinstance(output, Iterable) and not isinstance(output, str):
-        return [tensor for part in output for tensor in _tensors(part)]
+        return [tensor for part in output for tensor in tensors_of(part)]
     return []

@@ -7,7 +7,7 @@ So weight-decay rules by name go on to hold, and a checkpoint fits with and with
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,3 +33,17 @@ class Transparent(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The module's own."""
         return self.module.load_state_dict(state_dict, *args, **kwargs)
+
+
+def check_learning(module: nn.Module, expected: Iterable[nn.Parameter]) -> None:
+    """Raises: RuntimeError where other parameters require a gradient than `expected`.
+
+    Gradients of those that began to learn later would stay on their rank, without a word.
+    """
+    known = {id(parameter) for parameter in expected}
+    new = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in known]
+    if new:
+        raise RuntimeError(
+            f"{', '.join(new)}: requires a gradient now and did not when the model was wrapped; "
+            "set requires_grad first, then wrap"
+        )

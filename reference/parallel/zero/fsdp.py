@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from reference.parallel.data_parallel import Transparent
 from reference.parallel.ranks import Comm
-from reference.parallel.zero.gather import Gathering
+from reference.parallel.zero.gather import Gathering, Use
 from reference.parallel.zero.reduction import clip_shards
 from reference.parallel.zero.unit import Unit, take_over
 
@@ -96,7 +96,6 @@ class FSDP(Transparent):
         self.reshard_after_forward = reshard_after_forward
         self.backward_prefetch, self.forward_prefetch = backward_prefetch, forward_prefetch
         self.precision = precision or MixedPrecision()
-        self._num_running = 0
         self._order: list[Unit] = []
         self._previous_order: list[Unit] = []
         self.units = [
@@ -106,7 +105,9 @@ class FSDP(Transparent):
         self._send_buffers()
         self._gathering = Gathering(self.units, comm, replicas, self.precision.reduce_dtype)
         if backward_prefetch == "post":
-            self._gathering.on_gradient = lambda unit: _prefetch_after(unit, self._order[::-1])
+            self._gathering.on_gradient = self._prefetch_backward
+        if backward_prefetch == "pre":
+            self._gathering.on_begin = self._prefetch_backward
         for unit in self.units:
             self._wrap(unit)
 
@@ -119,15 +120,12 @@ class FSDP(Transparent):
         if not _is_in_backward():
             self._gathering.recover()
             self._previous_order, self._order = self._order or self._previous_order, []
-        self._num_running += 1
+        before = [unit.hide() for unit in self.units]
         try:
-            for unit in self.units:
-                unit.hide()
             return self.module(*args, **kwargs)
         finally:
-            self._num_running -= 1
-            for unit in self.units:
-                self._conceal(unit)
+            for unit, shown in zip(self.units, before, strict=True):
+                unit.show(shown)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -175,55 +173,41 @@ class FSDP(Transparent):
                 _prefetch_after(unit, self._previous_order)
             if self.precision.param_dtype is not None:
                 args, kwargs = tree_map(self._to_param_dtype, (args, kwargs))
-            self._free_after(unit, (args, kwargs))
             with self._gathering.notes(unit):
-                unit.show(self._gathering.wholes(unit, is_ordered=self.module.training))
+                use, wholes = self._gathering.use(unit)
+                before = unit.show(wholes)
                 try:
                     out = compute(*args, **kwargs)
                 finally:
-                    self._conceal(unit)
+                    unit.show(before)
             if not _is_in_backward() and (not torch.is_grad_enabled() or not keeps):
                 unit.reshard()
-            self._await_backward(unit, out)
+            if torch.is_grad_enabled():
+                self._await_backward(use, (args, kwargs), out)
             return out
 
         unit.module.forward = forward
-
-    def _conceal(self, unit: Unit) -> None:
-        if self._num_running:
-            unit.hide()
-        else:
-            unit.reveal()
 
     def _to_param_dtype(self, value: Any) -> Any:
         is_floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(self.precision.param_dtype) if is_floating else value
 
-    def _await_backward(self, unit: Unit, out: Any) -> None:
-        """Bring the unit back when a gradient of its output is there."""
+    def _await_backward(self, use: Use, inputs: Any, out: Any) -> None:
+        """Bring the unit back when a gradient of its output is there, and forget it when that of
+        its input is. Where all of it learns, its own gradient comes last."""
+        unit, outputs, before = use.unit, _differentiable(out), _differentiable(inputs)
+        if not outputs:
+            return
+        for tensor in outputs:
+            tensor.register_hook(lambda _: self._gathering.begin_backward(use))
+        unit.is_freed_by_gradient = not before or len(use.learning) == len(unit.held)
+        if not unit.is_freed_by_gradient:
+            before[0].register_hook(lambda _: self._gathering.end_backward(use))
+        if self.module.training and not _is_in_backward():
+            self._gathering.expect(use)
 
-        def begin(_: Tensor) -> None:
-            self._gathering.begin_backward(unit)
-            if self.backward_prefetch == "pre" and not unit.has_prefetched:
-                _prefetch_after(unit, self._order[::-1])
-            unit.has_prefetched = True
-
-        for tensor in _differentiable(out):
-            tensor.register_hook(begin)
-
-    def _free_after(self, unit: Unit, inputs: Any) -> None:
-        """Forget the unit when the gradient of its input is there: nothing reads it any more.
-
-        Where all of it learns, that is so as soon as its own gradient is there.
-        """
-        found = _differentiable(inputs)
-        unit.is_freed_by_gradient = not found or len(unit.learning) == len(unit.held)
-
-        def end(_: Tensor) -> None:
-            self._gathering.free(unit)
-
-        if not unit.is_freed_by_gradient and torch.is_grad_enabled():
-            found[0].register_hook(end)
+    def _prefetch_backward(self, unit: Unit) -> None:
+        _prefetch_after(unit, self._order[::-1])
 
 
 def _prefetch_after(unit: Unit, order: list[Unit]) -> None:

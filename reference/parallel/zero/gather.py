@@ -32,35 +32,40 @@ class Use:
     unit: Unit
     learning: list[int]
     gradients: dict[int, Tensor] | None = None
+    has_begun: bool = False
 
 
 class Gathering:
-    """Gathers units and reduces their gradients. `on_gradient` is called after each arrival."""
+    """Gathers units and reduces their gradients.
+
+    `on_begin` is called when a unit's backward begins, `on_gradient` when its gradient is there.
+    """
 
     def __init__(
         self, units: list[Unit], comm: Comm, replicas: Comm | None, dtype: torch.dtype | None
     ) -> None:
         self.units, self.is_synchronising = units, True
+        self.on_begin: Callable[[Unit], None] = lambda unit: None
         self.on_gradient: Callable[[Unit], None] = lambda unit: None
         self._comm, self._dtype = comm, dtype
         self._reducer = GradientReducer(comm, replicas)
         self._uses: list[Use] = []
         self._has_callback = False
 
-    def wholes(self, unit: Unit, *, is_ordered: bool) -> list[Tensor]:
-        """What the unit is to compute with: those that learn lead backward to their shards.
-
-        A forward that `is_ordered` expects a backward.
-        """
+    def use(self, unit: Unit) -> tuple[Use, list[Tensor]]:
+        """A forward of the unit, and what it is to compute with: those that learn lead backward to
+        their shards."""
         found, learning = list(unit.unshard()), unit.learning
+        use = Use(unit, learning)
         if learning and torch.is_grad_enabled():
-            use = Use(unit, learning)
             shards = [unit.held[i].parameter for i in learning]
             for i, whole in zip(learning, _Gather.apply(use, self, *shards), strict=True):
                 found[i] = whole
-            if is_ordered:
-                self._uses.append(use)
-        return found
+        return use, found
+
+    def expect(self, use: Use) -> None:
+        """A backward of this use is to come, before those of all that were there already."""
+        self._uses.append(use)
 
     @contextmanager
     def notes(self, unit: Unit) -> Iterator[None]:
@@ -86,20 +91,20 @@ class Gathering:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
 
-    def begin_backward(self, unit: Unit) -> None:
+    def begin_backward(self, use: Use) -> None:
         """Bring the unit back, and let its module see it: a checkpoint inside computes again."""
         self._expect_end()
-        wholes = list(unit.unshard())
-        for i in unit.learning:
-            if i not in unit.leaves:
-                unit.leaves[i] = wholes[i].detach().requires_grad_()
-            wholes[i] = unit.leaves[i]
-        unit.show(wholes)
+        if use in self._uses:
+            self._skip_to(use)
+        if not use.has_begun:
+            self._begin(use)
 
-    def free(self, unit: Unit) -> None:
-        """Forget the unit, until its next forward or backward."""
+    def end_backward(self, use: Use) -> None:
+        """Nothing reads the unit any more."""
         self._expect_end()
-        _forget(unit)
+        _forget(use.unit)
+        if not use.learning:
+            self.arrive(use, {})
 
     def arrive(self, use: Use, gradients: dict[int, Tensor]) -> None:
         """A use's gradients are there: they leave, or wait for the turn of their use."""
@@ -108,18 +113,16 @@ class Gathering:
         for i, leaf in unit.leaves.items():
             if leaf.grad is not None:
                 gradients[i] = leaf.grad + gradients[i] if i in gradients else leaf.grad
-        unit.leaves = {}
+        unit.leaves, use.has_begun = {}, False
         if unit.is_freed_by_gradient:
-            self.free(unit)
+            _forget(unit)
         self.on_gradient(unit)
         self._comm.memory.label(gradients, "gradients")
         use.gradients = gradients
-        if not self.is_synchronising:
-            self._keep(use)
-        elif use not in self._uses:
-            self._reduce(use)
+        if not self.is_synchronising or use not in self._uses:
+            self._leave(use)
         while self._uses and self._uses[-1].gradients is not None:
-            self._reduce(self._uses.pop())
+            self._leave(self._uses[-1])
 
     def recover(self) -> None:
         """Before a forward: forget a backward that has failed."""
@@ -150,24 +153,43 @@ class Gathering:
         whole = unit.unshard()[note.base]
         return whole.as_strided(note.shape, note.stride, note.offset)
 
-    def _keep(self, use: Use) -> None:
-        """Without synchronisation: add whole gradients up here."""
+    def _begin(self, use: Use) -> None:
+        unit, use.has_begun = use.unit, True
+        wholes = list(unit.unshard())
+        for i in unit.learning:
+            if i not in unit.leaves:
+                unit.leaves[i] = wholes[i].detach().requires_grad_()
+            wholes[i] = unit.leaves[i]
+        unit.show(wholes)
+        self.on_begin(unit)
+
+    def _skip_to(self, use: Use | None) -> None:
+        """Autograd goes back in the order of forward: later uses without a gradient get none. The
+        other ranks may have one, so gather and reduce as they do."""
+        while self._uses and self._uses[-1] is not use:
+            late = self._uses[-1]
+            if not late.has_begun:
+                self._begin(late)
+            self.arrive(late, {})
+
+    def _leave(self, use: Use) -> None:
         if use in self._uses:
             self._uses.remove(use)
         self._owe(use)
+        if self.is_synchronising and use.learning:
+            self._reduce(use.unit)
 
     def _owe(self, use: Use) -> None:
         use.unit.owed |= set(use.learning)
         waiting = use.unit.unreduced
         for i, gradient in (use.gradients or {}).items():
             waiting[i] = waiting[i].add_(gradient) if i in waiting else gradient
+        use.gradients = None
 
-    def _reduce(self, use: Use) -> None:
-        """Start the message of a use, with what no_sync has kept back before."""
-        unit = use.unit
-        self._owe(use)
+    def _reduce(self, unit: Unit) -> None:
+        """Start the message of a unit: what is there, and what no_sync has kept back before."""
         chosen, gradients = sorted(unit.owed), unit.unreduced
-        unit.owed, unit.unreduced, use.gradients = set(), {}, None
+        unit.owed, unit.unreduced = set(), {}
         dtype = self._dtype or _common_dtype(unit, chosen)
         n, device = self._comm.size, self._comm.device
         used = torch.tensor([[float(i in gradients) for i in chosen]], dtype=dtype, device=device)
@@ -195,16 +217,10 @@ class Gathering:
             Variable._execution_engine.queue_callback(self._end_backward)
 
     def _end_backward(self) -> None:
-        while self._uses:
-            use = self._uses.pop()
-            if self.is_synchronising:
-                self._reduce(use)
-            else:
-                self._owe(use)
-        if self.is_synchronising:
-            for unit in self.units:
-                if unit.owed:
-                    self._reduce(Use(unit, []))
+        self._skip_to(None)
+        for unit in self.units:
+            if unit.owed and self.is_synchronising:
+                self._reduce(unit)
         self._reducer.finish()
         for unit in self.units:
             _forget(unit)
@@ -243,8 +259,7 @@ class _Gather(torch.autograd.Function):
 
 def _forget(unit: Unit) -> None:
     unit.reshard()
-    unit.reveal()
-    unit.leaves, unit.has_prefetched = {}, False
+    unit.show(None)
 
 
 def _values(counts: Tensor) -> list[float]:

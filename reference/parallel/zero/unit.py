@@ -7,7 +7,6 @@ it stays one parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -51,10 +50,11 @@ class Unit:
     ) -> None:
         self.name, self.module, self.held, self.comm = name, module, held, comm
         self.wholes: list[Tensor] | None = None
-        self.has_prefetched, self.is_freed_by_gradient = False, True
+        self.is_freed_by_gradient = True
         self.unreduced: dict[int, Tensor] = {}
         self.owed: set[int] = set()
         self.leaves: dict[int, Tensor] = {}
+        self.showing: list[Tensor] | None = None
         self._dtype = dtype
         self._gathering: Handle | None = None
         self._gathered: tuple[int, ...] = ()
@@ -113,21 +113,20 @@ class Unit:
         """The number of a whole parameter whose storage the tensor looks at, if there is one."""
         return self._base.get(_storage(tensor)) if self._base else None
 
-    def show(self, tensors: Iterable[Tensor]) -> None:
-        """Let the module see these in place of its shards."""
-        for held, tensor in zip(self.held, tensors, strict=True):
+    def show(self, tensors: list[Tensor] | None) -> list[Tensor] | None:
+        """Let the module see these, or with None its shards; returns what it saw before."""
+        before, self.showing = self.showing, tensors
+        for i, held in enumerate(self.held):
             for owner, attribute in held.places:
-                owner.__dict__[attribute] = tensor
+                if tensors is None:
+                    owner.__dict__.pop(attribute, None)
+                else:
+                    owner.__dict__[attribute] = tensors[i]
+        return before
 
-    def hide(self) -> None:
+    def hide(self) -> list[Tensor] | None:
         """Let the module see shapes alone: used out of turn, they give an error, not old values."""
-        self.show(NOWHERE.expand(held.shape) for held in self.held)
-
-    def reveal(self) -> None:
-        """Let the module see its shards."""
-        for held in self.held:
-            for owner, attribute in held.places:
-                owner.__dict__.pop(attribute, None)
+        return self.show([NOWHERE.expand(held.shape) for held in self.held])
 
     def accumulate(self, gradients: dict[int, Tensor]) -> None:
         """Add this rank's shards of a mean gradient, in the shards' own dtype."""
