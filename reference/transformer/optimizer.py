@@ -85,16 +85,24 @@ class AdamW(torch.optim.Optimizer):
         adamw_update(parameter, gradient, state["m"], state["v"], step=state["step"], **options)
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(
+    model: nn.Module | Iterable[tuple[str, Tensor]], weight_decay: float
+) -> list[dict[str, Any]]:
     """Two parameter groups: matrices, which decay, and vectors (norms, biases), which do not.
 
-    Custom, not law: decay on a norm's weight pulls it to 0, which rescales and does not regularise.
+    `model` may be (name, parameter) pairs as well. Of a parameter that is sharded the whole's
+    dimensions count, its `whole_shape`. Custom, not law: decay on a norm's weight pulls it to 0,
+    which rescales and does not regularise.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    named = model.named_parameters() if isinstance(model, nn.Module) else model
+    trainable = [parameter for _, parameter in named if parameter.requires_grad]
+    dims = [len(getattr(parameter, "whole_shape", parameter.shape)) for parameter in trainable]
     return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+        {"params": [p for p, n in zip(trainable, dims, strict=True) if n >= 2],
+         "weight_decay": weight_decay},
+        {"params": [p for p, n in zip(trainable, dims, strict=True) if n < 2],
+         "weight_decay": 0.0},
+    ]  # fmt: skip
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ from reference.parallel.data_parallel.restart import (
     save_replica,
 )
 from reference.parallel.data_parallel.sampler import rows_of_rank, rows_of_step
-from reference.parallel.data_parallel.transparent import Transparent
+from reference.parallel.data_parallel.transparent import Transparent, check_learning
 from reference.parallel.data_parallel.uneven import uneven
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "SyncBatchNorm",
     "Transparent",
     "all_reduce_cost",
+    "check_learning",
     "convert",
     "data_parallel_step",
     "divide",

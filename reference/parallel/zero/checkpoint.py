@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reference.parallel.ranks import Comm
 from reference.parallel.zero.fsdp import FSDP
 from reference.parallel.zero.rows import rows_of
 from reference.parallel.zero.unit import Held
@@ -39,9 +40,10 @@ def save_sharded(
     With hybrid sharding one of the replicas writes. An existing checkpoint is replaced when all
     ranks have written.
 
-    Raises: OSError where the folder cannot be written; ValueError for an optimizer's state that is
-    neither as large as its parameter nor a number.
+    Raises: TypeError for another model than an FSDP; OSError where the folder cannot be written;
+    ValueError for an optimizer's state that is neither as large as its parameter nor a number.
     """
+    _check_sharded(model)
     comm, folder = model.comm, Path(folder)
     writing = folder.with_name(f"{folder.name}.writing")
     tensors = _tensors(model, optimizer)
@@ -67,9 +69,11 @@ def load_sharded(
 ) -> int:
     """Fill this rank's shards from a checkpoint of any world size; the step at which it was saved.
 
-    Raises: FileNotFoundError for a folder or a rank's file that is missing; ValueError where the
-    checkpoint is of another model, or has no optimizer states that are asked for.
+    Raises: TypeError for another model than an FSDP; FileNotFoundError for a folder or a rank's file
+    that is missing; ValueError where the checkpoint is of another model, or has no optimizer states
+    that are asked for.
     """
+    _check_sharded(model)
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder / INDEX}: expected a checkpoint by save_sharded")
@@ -111,11 +115,12 @@ class _Saved:
         """Which optimizer states there are of a parameter."""
         return [kind for kind in self._kinds[name] if kind not in ("parameter", "buffer")]
 
-    def rows(self, held: Held, kind: str, comm: Any) -> Tensor:
+    def rows(self, held: Held, kind: str, comm: Comm) -> Any:
         """This rank's rows, from the files that have them."""
         key, total = f"{held.name}/{kind}", held.shape[0]
         if not self.opened[0].get_slice(key).get_shape():
-            return self.opened[0].get_tensor(key)  # Adam's count of steps, the same on each rank
+            number = self.opened[0].get_tensor(key)  # Adam's count of steps, the same on each rank
+            return number if number.is_floating_point() else number.item()
         wanted = rows_of(total, comm.size, comm.rank)
         pieces = []
         for rank, file in enumerate(self.opened):
@@ -124,6 +129,14 @@ class _Saved:
             if low < high:
                 pieces.append(file.get_slice(key)[low - there.start : high - there.start])
         return torch.cat(pieces) if pieces else self.opened[0].get_slice(key)[:0]
+
+
+def _check_sharded(model: Any) -> None:
+    if not isinstance(model, FSDP):
+        raise TypeError(
+            f"model: expected an FSDP, got {type(model).__name__}; ranks that hold whole models use "
+            "save_replica"
+        )
 
 
 def _held(model: FSDP) -> list[Held]:

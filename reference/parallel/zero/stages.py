@@ -14,109 +14,42 @@ Papers: ZeRO, 1910.02054, sec. 5.1 and 5.2; host memory: ZeRO-Offload, 2101.0684
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from reference.parallel.data_parallel import BUCKET_BYTES, divide
-from reference.parallel.ranks import Comm, to_device, to_host
-from reference.parallel.zero.flat import FlatLayout, layout_of
+from reference.parallel.data_parallel import BUCKET_BYTES, check_learning, divide
+from reference.parallel.ranks import Comm
+from reference.parallel.zero.bucket import Bucket
+from reference.parallel.zero.passes import Passes
 from reference.parallel.zero.reduction import GradientReducer, clip_shards
 
-MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-
-
-class Bucket:
-    """Some parameters as one vector: `flat`, whole, and `master`, the part that this rank updates.
-
-    In float32 the master is a view of the vector; in 16 bits it is a float32 copy of its part, an
-    optimizer state. With `host` it lives in the host's memory.
-    """
-
-    def __init__(
-        self, named: list[tuple[str, nn.Parameter]], comm: Comm, *, is_sharded: bool, host: bool
-    ) -> None:
-        self.parameters = [parameter for _, parameter in named]
-        self.comm, self.is_sharded, self.host = comm, is_sharded, host
-        self.layout: FlatLayout = layout_of(named, comm.size if is_sharded else 1)
-        with comm.memory.category("parameters"):
-            self.flat = self.layout.flatten(p.detach() for p in self.parameters)
-        comm.broadcast(self.flat, src=0)
-        for parameter, view in zip(self.parameters, self.layout.views(self.flat), strict=True):
-            parameter.data = view
-        self.gradient: Tensor | None = None
-        self.num_missing = len(named)
-        self.master = nn.Parameter(self._new_master())
-        if self.is_copy:
-            comm.memory.label(self.master, "host" if host else "optimizer_states")
-
-    @property
-    def is_copy(self) -> bool:
-        """Whether the master has memory of its own."""
-        return self.host or self.flat.dtype != torch.float32
-
-    @property
-    def own(self) -> Float[Tensor, " n"]:
-        """The part of the parameters that this rank updates: a view."""
-        return self.layout.shard(self.flat, self.comm.rank if self.is_sharded else 0)
-
-    def take_gradients(self) -> Float[Tensor, " P"]:
-        """All gradients of the bucket in one vector; those of the parameters are freed."""
-        gradients = [
-            torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.parameters
-        ]
-        with self.comm.memory.category("gradients"):
-            flat = self.layout.flatten(gradients)
-        for parameter in self.parameters:
-            parameter.grad = None
-        self.num_missing = len(self.parameters)
-        return flat
-
-    def accumulate(self, part: Float[Tensor, " n"]) -> None:
-        """Add a mean gradient of this rank's part."""
-        if self.gradient is None:
-            self.gradient = part
-            self.comm.memory.label(part, "gradients")
-        else:
-            self.gradient.add_(part)
-
-    def begin_step(self) -> None:
-        """Hand the gradient to the master, in its precision and its memory."""
-        if self.gradient is None:
-            return
-        gradient, self.gradient = self.gradient, None
-        if self.host:
-            gradient = to_host(self.comm, gradient)
-        self.master.grad = gradient.to(self.master.dtype)
-
-    def end_step(self) -> None:
-        """Bring what was updated into everyone's parameters."""
-        self.master.grad = None
-        if self.is_copy:
-            updated = self.master.detach().to(self.flat.dtype)
-            self.own.copy_(to_device(self.comm, updated) if self.host else updated)
-        if self.is_sharded:
-            self.comm.all_gather(self.own, out=self.flat)
-
-    def _new_master(self) -> Tensor:
-        if not self.is_copy:
-            return self.own
-        with self.comm.memory.category("host" if self.host else "optimizer_states"):
-            return self.own.detach().to(torch.float32, copy=True)
+Named = list[tuple[str, nn.Parameter]]
+MakeOptimizer = Callable[[Named], torch.optim.Optimizer]
 
 
 class Zero:
     """Data parallel training of `model` over `comm` at ZeRO stage 0, 1 or 2.
 
-    Use: `loss.backward()`, then `zero.step()`, which also clears the gradients. Parameters become
-    views of flat buckets of `bucket_bytes`, in the order in which backward fills them; all ranks
-    start from those of rank 0. `make_optimizer` gets float32 masters: of everything at stage 0,
-    else of this rank's parts; it must be elementwise (Adam, SGD, not LAMB or Muon). With `offload`,
-    masters and states live in the host's memory, and only gradients and updated parameters travel.
+    Use: `loss.backward()`, then `zero.step()`, which also clears the gradients. Parameters that
+    learn become views of flat buckets of `bucket_bytes`, in the order in which backward fills them;
+    all ranks start from the parameters and buffers of rank 0. `make_optimizer` gets (name, piece)
+    pairs, as torch's optimizers take them: of each parameter the piece that this rank updates (at
+    stage 0 all of it), flat and in float32, its `whole_shape` that of the parameter. For groups,
+    `lambda named: AdamW(decay_groups(named, 0.1))`. It must be elementwise (Adam, SGD, not LAMB or
+    Muon). With `offload`, masters and states live in the host's memory, and only gradients and
+    updated parameters travel.
 
-    Raises: ValueError for another stage, no parameters, mixed dtypes, or a bucket size below 1.
+    A parameter that no rank has used since the last step stays as it is; where some have, the
+    others' share of the mean is zero. At stage 2 each backward must reach a parameter on each rank.
+
+    Raises: ValueError for another stage, no parameters, mixed dtypes, a model that is sharded
+    already, or a bucket size below 1; RuntimeError in a step, where parameters have begun to learn.
     """
 
     def __init__(
@@ -136,20 +69,31 @@ class Zero:
             Bucket(named, comm, is_sharded=stage > 0, host=offload)
             for named in _divide(model, bucket_bytes)
         ]
-        self.optimizer = make_optimizer([bucket.master for bucket in self.buckets])
+        self._send_what_does_not_learn()
+        self.optimizer = make_optimizer([pair for bucket in self.buckets for pair in bucket.pieces])
         self._reducer = GradientReducer(comm)
-        if stage == 2:
-            for bucket in self.buckets:
-                for parameter in bucket.parameters:
-                    parameter.register_post_accumulate_grad_hook(self._hook(bucket))
+        self._num_arrived: Counter[nn.Parameter] = Counter()
+        self._passes = Passes()
+        self._used: set[nn.Parameter] = set()
+        self._num_started = 0
+        for parameter in self._parameters:
+            parameter.register_post_accumulate_grad_hook(self._arrived)
 
     def reduce_gradients(self) -> None:
         """Mean gradients: of each rank's part, or at stage 0 of everything.
 
         At stage 2 most have left during backward; here the rest does.
         """
-        for bucket in self.buckets:
-            if all(parameter.grad is None for parameter in bucket.parameters):
+        check_learning(self.model, self._parameters)
+        here = {p for p in self._parameters if p.grad is not None or self._num_arrived[p]}
+        used = self._used_somewhere(here)
+        self._used |= used
+        if self.stage == 2:
+            num_rounds = max(self._passes.count, bool(used))  # the same on each rank
+            while self._num_started < len(self.buckets) * num_rounds:
+                self._start_next()
+        for bucket in self.buckets if self.stage < 2 else ():
+            if used.isdisjoint(bucket.parameters):
                 continue
             flat = bucket.take_gradients()
             if self.stage == 0:
@@ -158,6 +102,9 @@ class Zero:
                 self._reducer.start(flat, bucket.accumulate)
             del flat
         self._reducer.finish()
+        self._num_arrived.clear()
+        self._passes.clear()
+        self._num_started = 0
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Reduce, then clip by the norm of the whole gradient; that norm, the same on each rank."""
@@ -170,7 +117,7 @@ class Zero:
         """Reduce what is left, update this rank's part, and share it."""
         self.reduce_gradients()
         for bucket in self.buckets:
-            bucket.begin_step()
+            bucket.begin_step(self._used)
         if self.offload:
             with self.comm.memory.category("host"):
                 self.optimizer.step()
@@ -178,17 +125,89 @@ class Zero:
             self.optimizer.step()
         for bucket in self.buckets:
             bucket.end_step()
+        self._used = set()
 
-    def _hook(self, bucket: Bucket) -> Callable[[Tensor], None]:
-        def arrived(_: Tensor) -> None:
-            bucket.num_missing -= 1
-            if bucket.num_missing == 0:
-                self._reducer.start(bucket.take_gradients(), bucket.accumulate)
+    def full_optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """Each parameter's states by its name, whole, for another number of ranks; collective."""
+        found: dict[str, dict[str, Any]] = {}
+        for bucket in self.buckets:
+            for i, (name, piece) in enumerate(bucket.pieces):
+                state = self.optimizer.state.get(piece, {})
+                found[name] = {
+                    kind: bucket.whole(i, value) if _is_piece(value, piece) else deepcopy(value)
+                    for kind, value in state.items()
+                }
+        return found
 
-        return arrived
+    def load_full_optimizer_state(self, states: dict[str, dict[str, Any]]) -> None:
+        """Give the optimizer this rank's pieces of what `full_optimizer_state` has collected.
+
+        Raises: ValueError where the names are not those of this model.
+        """
+        names = {name for bucket in self.buckets for name, _ in bucket.pieces}
+        if names != states.keys():
+            raise ValueError(
+                f"states: expected those of {len(names)} parameters, differs in "
+                f"{sorted(names ^ states.keys())}"
+            )
+        for bucket in self.buckets:
+            for i, (name, piece) in enumerate(bucket.pieces):
+                shape = bucket.layout.shapes[i]
+                state = {
+                    kind: bucket.piece_of(i, value)
+                    if isinstance(value, Tensor) and value.shape == shape
+                    else deepcopy(value)
+                    for kind, value in states[name].items()
+                }
+                if state:
+                    self.optimizer.state[piece] = state
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for bucket in self.buckets for parameter in bucket.parameters]
+
+    @torch.no_grad()
+    def _send_what_does_not_learn(self) -> None:
+        frozen = (p for p in self.model.parameters() if not p.requires_grad)
+        for tensor in [*frozen, *self.model.buffers()]:
+            self.comm.broadcast(tensor.detach(), src=0)
+
+    def _used_somewhere(self, here: set[nn.Parameter]) -> set[nn.Parameter]:
+        flags = torch.tensor([p in here for p in self._parameters], dtype=torch.uint8)
+        flags = self.comm.all_reduce(flags.to(self.comm.device), "max")
+        if isinstance(flags, FakeTensor):
+            return set(here)
+        return {p for p, flag in zip(self._parameters, flags.tolist(), strict=True) if flag}
+
+    def _arrived(self, parameter: Tensor) -> None:
+        """At stage 2 buckets leave when they are full, on all ranks in the same order: the bucket
+        that comes next, in its n-th round, when all of it has arrived n times. A step has as many
+        rounds as backward passes; what is left of them leaves in `reduce_gradients`."""
+        self._num_arrived[parameter] += 1  # type: ignore[index]
+        self._passes.note()
+        if self.stage < 2:
+            return
+        while True:
+            num_rounds, following = divmod(self._num_started, len(self.buckets))
+            waiting = self.buckets[following].parameters
+            if any(self._num_arrived[p] <= num_rounds for p in waiting):
+                return
+            self._start_next()
+
+    def _start_next(self) -> None:
+        bucket = self.buckets[self._num_started % len(self.buckets)]
+        self._num_started += 1
+        self._reducer.start(bucket.take_gradients(), bucket.accumulate)
 
 
-def _divide(model: nn.Module, bucket_bytes: int) -> list[list[tuple[str, nn.Parameter]]]:
+def _is_piece(value: Any, piece: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape == piece.shape
+
+
+def _divide(model: nn.Module, bucket_bytes: int) -> list[Named]:
+    sharded = [name for name, p in model.named_parameters() if hasattr(p, "whole_shape")]
+    if sharded:
+        raise ValueError(f"model: {', '.join(sharded)}: sharded already; wrap a model once")
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if len(dtypes) != 1:
         raise ValueError(f"model: expected parameters of one dtype, got {dtypes or 'none'}")

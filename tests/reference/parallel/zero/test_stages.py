@@ -125,17 +125,21 @@ def test_ledgers_equal_the_formulas(stage):
             if step:
                 held = comm.memory.use.current
             zero.step()
-        num_parameters = sum(p.numel() for p in model.parameters())
-        return num_parameters, held, comm.traffic.total().wire_bytes
+        parameters = list(model.parameters())
+        num_elements = sum(p.numel() for p in parameters)
+        return len(parameters), num_elements, held, comm.traffic.total().wire_bytes
 
     world_size = 4
-    for num_parameters, held, sent in run(world_size, program).results:
+    for num_tensors, num_parameters, held, sent in run(world_size, program).results:
         expected = model_states_bytes(num_parameters, world_size, stage)
-        scalars = 4  # Adam's count of steps
+        scalars = 4 * num_tensors  # Adam's counts of steps
         assert held["parameters"] == expected.parameters
         assert held["gradients"] == expected.gradients
         assert held["optimizer_states"] == expected.optimizer_states + scalars
-        assert sent == 2 * elements_sent(num_parameters, world_size, stage)
+        # A byte for each parameter besides, all-reduced: who has used it.
+        calls = 2 if stage == 2 else 1  # a second where reduction is asked for
+        used = calls * 2 * (world_size - 1) / world_size * num_tensors
+        assert sent - used == 2 * elements_sent(num_parameters, world_size, stage)
 
 
 @pytest.mark.slow
