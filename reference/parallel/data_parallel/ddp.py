@@ -112,6 +112,8 @@ class DDP(Transparent):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's; its backward will reduce, except within no_sync and without gradients."""
+        if torch._C._current_graph_task_id() != -1:
+            return self.module(*args, **kwargs)  # a checkpoint computes again
         if self._is_reducing and self.broadcast_buffers:
             self._send_buffers()
         output = self.module(*args, **kwargs)

@@ -26,7 +26,7 @@ class Transparent(nn.Module):
         """The module's own."""
         return self.module.named_buffers(*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The module's own."""
         return self.module.state_dict(*args, **kwargs)
 

@@ -5,13 +5,16 @@
     zero.step()                                    loss_of(fsdp, rows).backward()
                                                    optimizer.step()
 
-memory      what each stage keeps and sends, in closed form; which stage fits
-flat        many tensors as one vector in N parts
-stages      ZeRO 1 and 2, and plain data parallelism as stage 0; offload to the host
-rows        parameters cut along their first dimension, many in one message
-unit, gather, fsdp   stage 3: gather, compute, forget; prefetch, mixed precision, hybrid sharding
-reduction   one gradient buffer at a time; the norm of what nobody holds whole
-checkpoint  written by N ranks, read by M
+memory             what each stage keeps and sends, in closed form; which stage fits
+flat               many tensors as one vector in N parts: ZeRO's stages and the first FSDP
+stages, bucket     ZeRO 1 and 2, and plain data parallelism as stage 0; offload to the host
+passes             how many backward passes a step has had
+rows               parameters cut along their first dimension, many in one message
+fsdp               stage 3: gather, compute, forget; prefetch, mixed precision, hybrid sharding
+unit, ownership    the shards of some modules' parameters; which unit owns which
+gather, notes      between shards and whole parameters, under autograd
+reduction          one gradient buffer at a time; the norm of what nobody holds whole
+checkpoint         written by N ranks, read by M
 
 Letters: P parameters (or elements of a unit's vector), N ranks, n = P/N a rank's part.
 """
@@ -28,7 +31,9 @@ from reference.parallel.zero.memory import (
     model_states_bytes,
     smallest_stage,
 )
+from reference.parallel.zero.passes import same_pass
 from reference.parallel.zero.reduction import clip_shards
+from reference.parallel.zero.rows import RowLayout
 from reference.parallel.zero.stages import Zero
 
 __all__ = [
@@ -38,6 +43,7 @@ __all__ = [
     "FlatLayout",
     "MixedPrecision",
     "ModelStates",
+    "RowLayout",
     "Zero",
     "clip_shards",
     "cross_host_bytes",
@@ -45,6 +51,7 @@ __all__ = [
     "layout_of",
     "load_sharded",
     "model_states_bytes",
+    "same_pass",
     "save_sharded",
     "smallest_stage",
 ]

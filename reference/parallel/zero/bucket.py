@@ -1,7 +1,7 @@
-"""A bucket of ZeRO's first stages: some parameters as one vector, of which this rank updates a part.
+"""A bucket of ZeRO's first stages: parameters as one vector, of which this rank updates a part.
 
-The optimizer sees a piece of each parameter, where the rank's part of the vector meets it: so weight
-decay, learning rates and unused parameters are each parameter's own, as they are on one rank.
+The optimizer sees a piece of each parameter, where the rank's part of the vector meets it: so
+weight decay, learning rates and unused parameters are each parameter's own, as on one rank.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ class Bucket:
         first = self.layout.shard_numel * (self.comm.rank if self.is_sharded else 0)
         places, begin = [], 0
         for numel in self.layout.numels:
-            ends = (min(max(at - first, 0), self.layout.shard_numel) for at in (begin, begin + numel))
+            ends = (
+                min(max(at - first, 0), self.layout.shard_numel) for at in (begin, begin + numel)
+            )
             places.append(slice(*ends))
             begin += numel
         return places

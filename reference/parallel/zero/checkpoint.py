@@ -25,8 +25,8 @@ from torch import Tensor
 
 from reference.parallel.ranks import Comm
 from reference.parallel.zero.fsdp import FSDP
+from reference.parallel.zero.ownership import Held
 from reference.parallel.zero.rows import rows_of
-from reference.parallel.zero.unit import Held
 
 INDEX = "model.json"
 
@@ -69,9 +69,9 @@ def load_sharded(
 ) -> int:
     """Fill this rank's shards from a checkpoint of any world size; the step at which it was saved.
 
-    Raises: TypeError for another model than an FSDP; FileNotFoundError for a folder or a rank's file
-    that is missing; ValueError where the checkpoint is of another model, or has no optimizer states
-    that are asked for.
+    Raises: TypeError for another model than an FSDP; FileNotFoundError for a folder or a rank's
+    file that is missing; ValueError where the checkpoint is of another model, or has no optimizer
+    states that are asked for.
     """
     _check_sharded(model)
     folder = Path(folder)
@@ -134,8 +134,8 @@ class _Saved:
 def _check_sharded(model: Any) -> None:
     if not isinstance(model, FSDP):
         raise TypeError(
-            f"model: expected an FSDP, got {type(model).__name__}; ranks that hold whole models use "
-            "save_replica"
+            f"model: expected an FSDP, got {type(model).__name__}; ranks that hold whole models "
+            "use save_replica"
         )
 
 
@@ -174,9 +174,7 @@ def _file(rank: int, world_size: int) -> str:
 
 
 def _index(model: FSDP, step: int) -> dict[str, Any]:
-    parameters = {
-        held.name: [list(held.shape), str(held.parameter.dtype)] for held in _held(model)
-    }
+    parameters = {held.name: [list(held.shape), str(held.parameter.dtype)] for held in _held(model)}
     return {"world_size": model.comm.size, "step": step, "parameters": parameters}
 
 

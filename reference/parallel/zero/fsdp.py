@@ -34,8 +34,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from reference.parallel.data_parallel import Transparent
 from reference.parallel.ranks import Comm
 from reference.parallel.zero.gather import Gathering, Use
+from reference.parallel.zero.notes import saved_as_notes
+from reference.parallel.zero.ownership import take_over
 from reference.parallel.zero.reduction import clip_shards
-from reference.parallel.zero.unit import Unit, take_over
+from reference.parallel.zero.unit import Unit
 
 Prefetch = Literal["pre", "post"] | None
 
@@ -173,7 +175,7 @@ class FSDP(Transparent):
                 _prefetch_after(unit, self._previous_order)
             if self.precision.param_dtype is not None:
                 args, kwargs = tree_map(self._to_param_dtype, (args, kwargs))
-            with self._gathering.notes(unit):
+            with saved_as_notes(unit):
                 use, wholes = self._gathering.use(unit)
                 before = unit.show(wholes)
                 try:

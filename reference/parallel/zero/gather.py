@@ -9,10 +9,9 @@ parameter that nobody used gets no gradient, and so no weight decay either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,30 +66,6 @@ class Gathering:
         """A backward of this use is to come, before those of all that were there already."""
         self._uses.append(use)
 
-    @contextmanager
-    def notes(self, unit: Unit) -> Iterator[None]:
-        """Inside, what is saved for backward and is a view of a whole parameter is noted down.
-
-        The rest goes to the hooks that were there before, such as those of a checkpoint.
-        """
-        others = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        version = unit.version
-
-        def pack(tensor: Tensor) -> Any:
-            base = unit.base_of(tensor)
-            if base is not None:
-                place = tensor.shape, tensor.stride(), tensor.storage_offset()
-                return _Note(unit, base, *place, version)
-            return others[0](tensor) if others else tensor
-
-        def unpack(saved: Any) -> Tensor:
-            if isinstance(saved, _Note):
-                return self._read(saved)
-            return others[1](saved) if others else saved
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-
     def begin_backward(self, use: Use) -> None:
         """Bring the unit back, and let its module see it: a checkpoint inside computes again."""
         self._expect_end()
@@ -142,16 +117,6 @@ class Gathering:
                 f"gradients of {', '.join(waiting)} wait unreduced since no_sync; the last "
                 "backward of a step must be outside of it"
             )
-
-    def _read(self, note: _Note) -> Tensor:
-        unit = note.unit
-        if note.version != unit.version:
-            raise RuntimeError(
-                f"{unit.name or 'the root'}: its parameters have changed since the forward of "
-                "which this is the backward; call backward before the optimizer's step"
-            )
-        whole = unit.unshard()[note.base]
-        return whole.as_strided(note.shape, note.stride, note.offset)
 
     def _begin(self, use: Use) -> None:
         unit, use.has_begun = use.unit, True
@@ -225,17 +190,6 @@ class Gathering:
         for unit in self.units:
             _forget(unit)
         self._has_callback = False
-
-
-class _Note(NamedTuple):
-    """In place of a saved view of a whole parameter: how to make it again."""
-
-    unit: Unit
-    base: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int | torch.SymInt
-    version: tuple[int, ...]
 
 
 class _Gather(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """How many backward passes a step has had: the same number on all ranks, whatever they reach.
 
-A pass inside of another one, as a checkpoint makes, is part of it. So is what a zero-bubble schedule
-has put off: weights' gradients, each in a backward of its own.
+A pass inside of another one, as a checkpoint makes, is part of it. So is what a zero-bubble
+schedule has put off: weights' gradients, each in a backward of its own.
 """
 
 from __future__ import annotations

@@ -68,9 +68,7 @@ class RowLayout:
     def _sizes(self) -> list[int]:
         """Of each tensor's part in a row, in elements of the message."""
         return [
-            self._most_rows(shape)
-            * math.prod(shape[1:])
-            * (dtype.itemsize if self.is_bytes else 1)
+            self._most_rows(shape) * math.prod(shape[1:]) * (dtype.itemsize if self.is_bytes else 1)
             for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
         ]
 
@@ -98,16 +96,18 @@ class RowLayout:
         """Whole tensors, from the whole message; views of it where that is possible."""
         parts = message.view(self.world_size, -1).split_with_sizes(self._sizes, 1)
         return [
-            self._from_message(part.reshape(-1), dtype)
-            .view(self.world_size * self._most_rows(shape), *shape[1:])
-            [: shape[0]]
+            self._from_message(part.reshape(-1), dtype).view(
+                self.world_size * self._most_rows(shape), *shape[1:]
+            )[: shape[0]]
             for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
         ]
 
     def shards(self, row: Shaped[Tensor, " n"], rank: int) -> list[Tensor]:
         """One rank's shards, from its row; views of it where that is possible."""
         found = []
-        for part, shape, dtype in zip(row.split(self._sizes), self.shapes, self.dtypes, strict=True):
+        for part, shape, dtype in zip(
+            row.split(self._sizes), self.shapes, self.dtypes, strict=True
+        ):
             rows = rows_of(shape[0], self.world_size, rank)
             tensor = self._from_message(part, dtype).view(self._most_rows(shape), *shape[1:])
             found.append(tensor[: rows.stop - rows.start])

@@ -252,8 +252,10 @@ def test_accumulation_belongs_to_the_step(passes, how):
         else:
             mesh = comm.mesh(replicas=2, shards=1)
             held = FSDP(model, mesh.shards, model.layers, replicas=mesh.replicas)
+
         def no_sync(on):
             return held.no_sync() if on else contextlib.nullcontext()
+
         return accumulated(held, passes, no_sync, X[comm.rank])
 
     truth = one_rank_gradients(passes)
@@ -347,7 +349,7 @@ def test_two_forwards_before_one_backward_match_one_rank():
 
 
 def test_gathered_values_do_not_outlive_a_step():
-    """A forward with gradients and without a backward, then a step: the next one sees new values."""
+    """A forward with gradients and no backward, then a step: the next one sees new values."""
 
     def program(comm):
         model = fresh()
@@ -507,7 +509,9 @@ def test_checkpoints_keep_frozen_and_idle_parameters_and_buffers(before, after, 
         fsdp, optimizer = start(comm)
         load_sharded(tmp_path / "step", fsdp, optimizer)
         whole = fsdp.full_state_dict()
-        moments = {n: optimizer.state[p] for n, p in fsdp.named_parameters() if p in optimizer.state}
+        moments = {
+            n: optimizer.state[p] for n, p in fsdp.named_parameters() if p in optimizer.state
+        }
         return whole, moments
 
     saved = run(before, first).results[0]
