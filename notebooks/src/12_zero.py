@@ -35,6 +35,7 @@ from torch import nn
 from autograder.notebook import check
 from figures import style
 from figures.tables import table
+from reference.lora import LoRAConfig, add_adapter
 from reference.parallel.ranks import CLASSROOM, run, run_one_rank
 from reference.parallel.zero import (
     FSDP,
@@ -50,6 +51,7 @@ from reference.parallel.zero import (
 )
 from reference.pretrained import passage
 from reference.transformer import PRESETS, Llama, LlamaConfig
+from reference.transformer.optimizer import decay_groups
 
 torch.set_num_threads(1)
 style.use()
@@ -212,7 +214,8 @@ check("zero_memory")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # Parameters are laid end to end in one vector, padded to a multiple of N. Where a matrix ends and
-# where a rank's part ends have nothing to do with each other.
+# where a rank's part ends have nothing to do with each other. ZeRO's stages do this to this day
+# (DeepSpeed), and so did the first FSDP; section 5 shows what today's does.
 
 # %% slideshow={"slide_type": "fragment"}
 block = {name: p for name, p in new_model().layers[0].named_parameters()}
@@ -377,10 +380,11 @@ plt.show()
 # ask what a hundred would do: the dashed line goes up, the blue one stays. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
-# **How autograd plays along.** A node stands between the part and the layer: forward it gathers,
+# **How autograd plays along.** A node stands between the shards and the layer: forward it gathers,
 # backward it reduces and scatters. And one trap: autograd *saves* the weight for the backward pass,
-# and what is saved is not free. Our FSDP replaces saved views by notes ("elements 10 to 20 of unit
-# 3"), and the first note that backward reads brings the unit back.
+# and what is saved is not free. Our FSDP replaces saved views by notes ("rows 10 to 20 of parameter
+# 3"), and the first note that backward reads brings the unit back. (PyTorch's frees the tensor's
+# storage instead, and fills it again.)
 #
 # <!-- notes: Ask before the numbers appear: the layer gathered, computed, and dropped its
 # reference. Is the memory free? Most say yes. Six weights of 16,384 bytes are 98,304: all of them
@@ -430,6 +434,97 @@ for forgets in (False, True):
 
 # %% slideshow={"slide_type": "skip"}
 check("ShardedLinear")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ### One vector, or each parameter by itself?
+#
+# **Question.** The first FSDP (2021) laid a unit's parameters end to end, as in section 3, and cut
+# the vector. FSDP2 (2024), and ours, cuts each parameter along its first dimension. The same bytes;
+# what does the optimizer see?
+#
+# <!-- notes: Five minutes. Show the two pictures and ask who loses what: in the upper one a rank's
+# part has no name, no dimensions and a single requires_grad. Let them list what needs those: weight
+# decay by kind, LoRA, checkpoints, norms. The price of the lower one: padding of odd sizes, and a
+# copy, since a parameter no longer lies in one piece in the message. -->
+
+# %% slideshow={"slide_type": "fragment"}
+shapes = {"wq": (6, 4), "bias": (6,), "wo": (4, 6)}
+hues = [style.COLOURS[c] for c in ("blue", "vermilion", "green")]
+fig, axes = plt.subplots(2, 1, figsize=(9, 3.6))
+numel = [torch.Size(shape).numel() for shape in shapes.values()]
+for ax, title in zip(axes, ("flat: FSDP1", "row by row: FSDP2"), strict=True):
+    for rank in range(3):
+        at = 0
+        for i, (name, shape) in enumerate(shapes.items()):
+            rows = -(-shape[0] // 3)
+            begin, end = sum(numel[:i]), sum(numel[: i + 1])
+            if "flat" in title:
+                part = -(-sum(numel) // 3)
+                low, high = max(begin, rank * part), min(end, (rank + 1) * part)
+                width, label = max(high - low, 0), f"{max(high - low, 0)} of {numel[i]}"
+            else:
+                own = max(min(rows, shape[0] - rank * rows), 0)
+                width = own * numel[i] // shape[0]
+                label = f"{name}: {own} rows"
+            if width:
+                ax.barh(2 - rank, width, left=at, color=hues[i], edgecolor="white", height=0.85)
+            if width > 3:
+                ax.text(at + width / 2, 2 - rank, label, ha="center", va="center", color="white",
+                        fontsize=11)  # fmt: skip
+            at += width
+    ax.set(yticks=(2, 1, 0), yticklabels=("rank 0", "rank 1", "rank 2"), title=title, xlim=(0, 24))
+    ax.grid(visible=False)
+axes[1].set_xlabel("elements that a rank keeps; blue: wq (6 x 4), red: bias (6), green: wo (4 x 6)")
+plt.show()
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **This went wrong in production.** A vector has one `requires_grad`. LoRA freezes most of a unit
+# and trains a little: the flat FSDP either refused ("must flatten tensors with uniform
+# requires_grad", pytorch #104690, peft #1702) or made everything trainable. And with one dimension
+# everywhere, "matrices decay, vectors do not" decays nothing (fairscale #697, pytorch #101343).
+#
+# <!-- notes: The left column is a unit of ours as it was until recently. Ask what AdamW does to a
+# frozen weight with a gradient of zero: weight decay moves it all the same. -->
+
+
+# %% slideshow={"slide_type": "fragment"}
+def adapted():
+    torch.manual_seed(0)
+    return add_adapter(new_model(), LoRAConfig(rank=2, alpha=4))
+
+
+def flat_unit(comm):
+    """A block as the first FSDP had it: one vector, one requires_grad."""
+    held = dict(adapted().layers[0].named_parameters())
+    layout = FlatLayout(tuple(held), tuple(tuple(p.shape) for p in held.values()), comm.size)
+    flat = layout.flatten(p.detach() for p in held.values())
+    shard = nn.Parameter(layout.shard(flat, comm.rank).clone())
+    shard.grad = torch.zeros_like(shard)  # no gradient reaches what is frozen, or so one thinks
+    groups = decay_groups([("shard", shard)], 0.1)
+    torch.optim.AdamW([shard], lr=0.1, weight_decay=0.1).step()
+    after = zip(held.values(), layout.views(comm.all_gather(shard.detach())), strict=True)
+    moved = [not torch.equal(p, whole) for p, whole in after if not p.requires_grad]
+    return f"{sum(moved)} of {len(moved)}", [len(group["params"]) for group in groups]
+
+
+def row_unit(comm):
+    """Ours: each parameter by itself."""
+    model = adapted()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    fsdp = FSDP(model, comm, model.layers)
+    groups = decay_groups(fsdp, 0.1)
+    optimizer = torch.optim.AdamW(fsdp.parameters(), lr=0.1, weight_decay=0.1)
+    loss_of(fsdp, rows_of(comm)).backward()
+    optimizer.step()
+    frozen = [n for n, p in fsdp.named_parameters() if not p.requires_grad]
+    after = fsdp.full_state_dict()
+    moved = sum(not torch.equal(after[n], before[n]) for n in frozen)
+    return f"{moved} of {len(frozen)}", [len(group["params"]) for group in groups]
+
+
+table(("", "frozen weights that move", "parameters that decay, and that do not"),
+      ("one vector (a block)", *run(4, flat_unit).results[0]),
+      ("row by row (the model)", *run(4, row_unit).results[0]))  # fmt: skip
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 6. Prefetch
@@ -534,7 +629,7 @@ def norms(comm):
     model = new_model()
     fsdp = FSDP(model, comm, model.layers)
     loss_of(fsdp, rows_of(comm)).backward()
-    parts = [shard.grad for shard in fsdp.shards]
+    parts = [shard.grad for shard in fsdp.parameters()]
     mine = torch.stack([part.norm() for part in parts]).norm().item()
     return mine, clip_shards([part.clone() for part in parts], 1.0, comm).item()
 
@@ -548,7 +643,9 @@ for rank, (mine, ours) in enumerate(run(4, norms).results):
     print(f"rank {rank}: its part {mine:.3f}, the whole by all-reduce of squares {ours:.3f}")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# Four norms, four factors: the update would point elsewhere. Squares add up, norms do not.
+# Four norms, four factors: the update would point elsewhere. Squares add up, norms do not. (Under
+# PyTorch's FSDP2 `clip_grad_norm_` is safe: its parameters are DTensors, which know that they are
+# parts. Section 13 measures it. On plain shards, as ours, ask the wrapper: `fsdp.clip_grad_norm`.)
 #
 # **Exercise.** `clip_sharded` (repair)
 
@@ -616,13 +713,13 @@ check("hybrid_reduce")
 # **Question.** Four ranks saved their parts. One machine is gone: three ranks come back. Who reads
 # what?
 #
-# <!-- notes: Four minutes. Draw a line of 12 elements, cut in four above and in three below. Let
-# them say which files the new rank 1 opens: two. Then ask what else must be resharded with the
-# weights: Adam's states, which people forget, and the step. -->
+# <!-- notes: Four minutes. Draw a matrix of 12 rows, cut in four on the left and in three on the
+# right. Let them say which files the new rank 1 opens: two. Then ask what else must be resharded
+# with the weights: Adam's states, which people forget, and the step. -->
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# The vector is the same; the cuts are not. A rank that needs elements $[a, b)$ reads them from
-# whichever files have them.
+# The parameters are the same; the cuts are not. A rank that needs rows $[a, b)$ of one reads them
+# from whichever files have them.
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -653,7 +750,7 @@ with tempfile.TemporaryDirectory() as work:
         3, lambda comm: train(comm, Path(work) / "half", 8, True), is_measured=False
     ).results[0]
 print("files:", *files, sep="\n  ")
-print("units:", ", ".join(repr(name) for name in index["units"]))
+print("parameters:", ", ".join(list(index["parameters"])[:3]), "...")
 print("one rank, 8 steps:      ", *(f"{loss:.3f}" for loss in whole))
 print("4 ranks, then 3 ranks:  ", *(f"{loss:.3f}" for loss in before + after))
 
@@ -817,7 +914,8 @@ def gradient_error(comm, param_dtype, reduce_dtype):
     fsdp = FSDP(model, comm, model.layers, precision=precision)
     comm.traffic.reset()
     loss_of(fsdp, rows_of(comm)).backward()
-    return torch.cat([shard.grad for shard in fsdp.shards]), comm.traffic.total().wire_bytes
+    flat = torch.cat([shard.grad.flatten() for shard in fsdp.parameters()])
+    return flat, comm.traffic.total().wire_bytes
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -877,6 +975,31 @@ simulated, real = (
     run(2, fsdp_states, backend=backend).results[0][1] for backend in ("simulated", "processes")
 )
 print("bytes sent on simulated ranks and on real processes:", int(simulated), int(real))
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# And clipping: the norm that PyTorch's `clip_grad_norm_` finds on FSDP2's parameters, ours, and
+# that of one rank on all rows.
+
+
+# %% slideshow={"slide_type": "fragment"}
+def clipped(comm):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.simplefilter("ignore")
+    theirs, ours = new_model(), new_model()
+    mesh = init_device_mesh("cpu", (comm.size,))
+    for part in (*theirs.layers, theirs):
+        fully_shard(part, mesh=mesh)
+    fsdp = FSDP(ours, comm, ours.layers)
+    for model in (theirs, fsdp):
+        loss_of(model, rows_of(comm)).backward()
+    norm = nn.utils.clip_grad_norm_(theirs.parameters(), 1.0).full_tensor().item()
+    return norm, fsdp.clip_grad_norm(1.0).item()
+
+
+theirs, ours = run(2, clipped, backend="processes", is_measured=False).results[0]
+print(f"fully_shard {theirs:.4f}, ours {ours:.4f}, one rank {truth:.4f}")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # The tests go on: stages 1 and 2 against DistributedDataParallel and ZeroRedundancyOptimizer,
@@ -972,27 +1095,36 @@ print(f"sent in a step: {sent / GB:,.0f} GB")
 # ## 15. What breaks in practice
 #
 # - **An optimizer that is not elementwise** (LAMB's norms, Muon's matrices) must see whole tensors:
-#   flat parts give it garbage, silently. Use per-tensor sharding, or gather first.
-# - **Clipping by `clip_grad_norm_`** on parts clips by each rank's own norm (section 7).
+#   parts, flat or rows, give it garbage, silently. Gather first.
+# - **Clipping** plain shards by `clip_grad_norm_` clips by each rank's own norm (section 7).
+# - **A parameter that one rank used and the others did not** (a branch, an expert): if a reduction
+#   starts whenever a gradient arrives, ranks add different layers to each other, or wait for ever
+#   (DeepSpeed #777). Ours leave in one order, with zeros for what is missing.
+# - **Accumulation in which each pass uses other parameters**: what only an early pass had used was
+#   never reduced (pytorch #69031). Ours counts from step to step.
 # - **One giant unit** (no wrapping) gathers the whole model at once: FSDP without its savings.
-# - **Weights read between steps** are not there. Ours are on the meta device then, and say so:
+# - **Weights used outside of their unit** (a penalty in the loss, a head that another module reads)
+#   are this rank's rows, not the weight. Ours says so when backward comes by:
 #
 # <!-- notes: For reading, or the last five minutes of the laboratory. Ask which of these raise an
-# error: only the last one. The first is the nastiest, since a flat part has a norm, too, just not
-# that of a matrix. -->
+# error: only the last one. The first is the nastiest, since a part has a norm, too, just not that
+# of a matrix. -->
 
 
 # %% slideshow={"slide_type": "fragment"} tags=["raises-exception"]
-def peeks(comm):
+def penalised(comm):
     model = new_model()
-    FSDP(model, comm, model.layers)
-    return model.layers[0].mlp.down_proj.weight.sum().item()
+    fsdp = FSDP(model, comm, model.layers)
+    weight = model.layers[0].mlp.down_proj.weight
+    if comm.rank == 0:
+        print(f"this rank has {tuple(weight.shape)} of {tuple(weight.whole_shape)}")
+    (loss_of(fsdp, rows_of(comm)) + weight.square().sum()).backward()
 
 
 try:
-    run(2, peeks)
+    run(2, penalised)
 except RuntimeError as error:
-    print(type(error).__name__, "-", str(error).split("\n")[0][:90])
+    print(type(error).__name__, "-", *str(error).split("\n")[0].split("; "), sep="\n  ")
 
 
 # %% [markdown] slideshow={"slide_type": "subslide"}

@@ -26,10 +26,15 @@ from reference.parallel.zero.unit import Unit
 
 @dataclass(eq=False)
 class Use:
-    """One forward of a unit: the parameters that were to learn, and then their gradients."""
+    """One forward of a unit: the parameters that were to learn, and then their gradients.
+
+    `opened` and `closed` number the beginnings and ends of forwards: a root's lies around others.
+    """
 
     unit: Unit
     learning: list[int]
+    opened: int
+    closed: int = 0
     gradients: dict[int, Tensor] | None = None
     has_begun: bool = False
 
@@ -48,14 +53,16 @@ class Gathering:
         self.on_gradient: Callable[[Unit], None] = lambda unit: None
         self._comm, self._dtype = comm, dtype
         self._reducer = GradientReducer(comm, replicas)
-        self._uses: list[Use] = []
+        self._uses: list[Use] = []  # in the order in which they were opened
+        self._now = 0
         self._has_callback = False
 
     def use(self, unit: Unit) -> tuple[Use, list[Tensor]]:
         """A forward of the unit, and what it is to compute with: those that learn lead backward to
         their shards."""
         found, learning = list(unit.unshard()), unit.learning
-        use = Use(unit, learning)
+        self._now += 1
+        use = Use(unit, learning, self._now)
         if learning and torch.is_grad_enabled():
             shards = [unit.held[i].parameter for i in learning]
             for i, whole in zip(learning, _Gather.apply(use, self, *shards), strict=True):
@@ -63,14 +70,17 @@ class Gathering:
         return use, found
 
     def expect(self, use: Use) -> None:
-        """A backward of this use is to come, before those of all that were there already."""
+        """The use has ended, and a backward of it is to come."""
+        self._now += 1
+        use.closed = self._now
         self._uses.append(use)
+        self._uses.sort(key=lambda use: use.opened)
 
     def begin_backward(self, use: Use) -> None:
         """Bring the unit back, and let its module see it: a checkpoint inside computes again."""
         self._expect_end()
         if use in self._uses:
-            self._skip_to(use)
+            self._skip_after(use.closed)
         if not use.has_begun:
             self._begin(use)
 
@@ -128,10 +138,10 @@ class Gathering:
         unit.show(wholes)
         self.on_begin(unit)
 
-    def _skip_to(self, use: Use | None) -> None:
+    def _skip_after(self, closed: int) -> None:
         """Autograd goes back in the order of forward: later uses without a gradient get none. The
         other ranks may have one, so gather and reduce as they do."""
-        while self._uses and self._uses[-1] is not use:
+        while self._uses and self._uses[-1].opened > closed:
             late = self._uses[-1]
             if not late.has_begun:
                 self._begin(late)
@@ -182,7 +192,7 @@ class Gathering:
             Variable._execution_engine.queue_callback(self._end_backward)
 
     def _end_backward(self) -> None:
-        self._skip_to(None)
+        self._skip_after(0)
         for unit in self.units:
             if unit.owed and self.is_synchronising:
                 self._reduce(unit)

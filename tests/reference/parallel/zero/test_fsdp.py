@@ -190,6 +190,19 @@ def test_traffic_is_that_of_zero_3():
         assert traffic.wire_bytes == 4 * (elements_sent(num_parameters, 4, 2) + who_used_what)
 
 
+@pytest.mark.parametrize("prefetch", [None, "post", "pre"])
+def test_the_root_is_gathered_and_reduced_once(prefetch):
+    def program(comm):
+        model = fresh()
+        fsdp = FSDP(model, comm, model.layers, backward_prefetch=prefetch)
+        comm.traffic.reset()
+        loss_of(fsdp, rows_of(comm, batches()[0])).backward()
+        totals = (comm.traffic.total(operation=op) for op in ("all_gather", "reduce_scatter"))
+        return [total.num_calls for total in totals]
+
+    assert run(2, program).results == [[2 * CONFIG.num_layers + 1, CONFIG.num_layers + 1]] * 2
+
+
 @pytest.mark.slow
 def test_prefetch_buys_time_with_memory():
     """On the clock: "pre" hides all gathers but the first, "post" those behind a reduction."""

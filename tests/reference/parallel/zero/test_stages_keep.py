@@ -1,7 +1,8 @@
 """What ZeRO's first stages take over stays what it was, and a step's gradients belong to the step.
 
-Oracle: the same model on one rank, on all rows. Reports of production: DeepSpeed 3068 and 1960
-(parameters without gradients), 6770 (who used what differs between ranks), torch 104690.
+Oracle: the same model on one rank, on all rows. Reports of production: parameters without gradients
+(DeepSpeed #777, #8506), decay groups of flat parameters (fairscale #697), passes that use different
+parameters (pytorch #69031).
 """
 
 import pytest

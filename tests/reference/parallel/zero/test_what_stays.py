@@ -1,8 +1,10 @@
 """What FSDP takes over stays what it was, and a step's gradients belong to the step.
 
-Oracle: the same model on one rank, on all rows; torch's fully_shard on gloo. Each case has gone
-wrong in production: pytorch 104690 and peft 1702 (frozen parameters in a unit), 140898 and 95682
-(tied weights), DeepSpeed 3068 (unused parameters), accelerate 2536 (no_sync).
+Oracle: the same model on one rank, on all rows; torch's fully_shard on gloo. All of it has gone wrong
+in production: frozen parameters in a unit (pytorch #104690, peft #1702), tied weights (verl #7834,
+torchtune #616), decay groups (fairscale #697, pytorch #101343), passes that use different
+parameters (pytorch #69031), two forwards before a backward (pytorch #136861, fairscale #918),
+checkpoints (fairscale #777).
 """
 
 import copy
