@@ -371,7 +371,8 @@ plt.show()
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # Forgotten: the root's unit (embedding, last norm, head; needed at both ends of the step, so it
 # stays) and one block, each gathered as the one before is forgotten. In backward two blocks, since
-# the next is fetched ahead (section 6).
+# the next is fetched ahead (section 6). The spikes: a block is copied out of the message in which it
+# came, since its parameters do not lie in one piece there.
 #
 # Kept (`reshard_after_forward=False`): the memory of whole parameters, and the traffic of stage 2.
 #
@@ -619,9 +620,8 @@ check("prefetched_forward")
 # its quarter to norm 1?
 #
 # <!-- notes: Five minutes. Ask for hands: is it the same update, a shorter one, or another
-# direction? "Shorter" usually wins. It is another direction: ranks 0 and 2 (norms 2.167 and 1.315)
-# are clipped, ranks 1 and 3 are below 1 and stay as they are. Let them add the four squares: 2.626
-# squared. -->
+# direction? "Shorter" usually wins. It is another direction: four norms, from 1.08 to 1.57, and so
+# four factors. Let them add the four squares: 2.626 squared. -->
 
 
 # %% slideshow={"slide_type": "skip"}
@@ -876,7 +876,7 @@ check("choose_stage")
 #
 # <!-- notes: Ask what crosses the host's link: 0.5 bytes of gradient down, 0.5 of parameter up, a
 # parameter and rank. Not the 12 of the optimizer, which is why it works at all. The price on this
-# clock: 998 microseconds in place of 523. -->
+# clock: 1022 microseconds in place of 547. -->
 
 
 # %% slideshow={"slide_type": "skip"}
@@ -903,7 +903,7 @@ print("(bytes a parameter on each of 4 ranks, between backward and step)")
 #
 # <!-- notes: Four minutes. Chapter 10's answer is "sums in float32", and most repeat it. Let them
 # guess the error first: 0.5 % in either case comes from computing in 16 bits, the sum over 8 ranks
-# adds 0.1. The bytes fall from 1,466,192 to 1,085,280. So the rule is about large N, not about this
+# adds 0.1. The bytes fall from 1,467,284 to 1,085,826. So the rule is about large N, not about this
 # run. -->
 
 
@@ -1050,8 +1050,9 @@ table(
 # as ever.
 #
 # <!-- notes: The bridge to the next three chapters. Let them guess which of the numbers forbids it:
-# 396 MB of states look like victory. Then 416 GB of activations for one row, and 21.2 GB gathered,
-# beside an 80 GB GPU. No stage cuts a row, or a layer while it computes. -->
+# 508 MB of states look like victory. Then 403 GB of activations for one row, and 27.1 GB gathered,
+# beside an 80 GB GPU. No stage cuts a row, or a layer while it computes. Then ask why rank 0 has 508
+# where the formula says 396: 1,024 rows of a key matrix do not divide by 16,384. -->
 
 # %% slideshow={"slide_type": "fragment"}
 NUM_LAYERS = 126
@@ -1080,16 +1081,17 @@ with torch.device("meta"):
 count = sum(p.numel() for p in giant.parameters())
 states, at_peak, sent = run_one_rank(16_384, very_large, giant).results[0]
 print(f"{count:,} parameters on 16,384 ranks")
-print(f"model states on each: {states / 1e6:.1f} MB; formula "
+print(f"model states on rank 0: {states / 1e6:.1f} MB; formula, equal parts: "
       f"{model_states_bytes(count, 16_384, 3).total / 1e6:.1f} MB")  # fmt: skip
 print(f"gathered at the peak: {at_peak['communication_buffers'] / GB:.1f} GB; activations of one "
       f"row of 4,096 tokens: {at_peak['activations'] / GB:.0f} GB")  # fmt: skip
 print(f"sent in a step: {sent / GB:,.0f} GB")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# 396 MB of states, and still a rank of 80 GB does not hold one row: the activations do not shrink,
-# and nor does the batch, of at least 16,384 rows. At this size data parallelism alone is not
-# enough, sharded or not: chapters 13 to 15.
+# Half a gigabyte of states (rank 0 has more than its share, since a parameter is cut by whole rows,
+# and many have fewer rows than there are ranks), and still a rank of 80 GB does not hold one row of
+# the batch: the activations do not shrink, and nor does the batch, of at least 16,384 rows. At this
+# size data parallelism alone is not enough, sharded or not: chapters 13 to 15.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 15. What breaks in practice
@@ -1128,7 +1130,8 @@ except RuntimeError as error:
 
 
 # %% [markdown] slideshow={"slide_type": "subslide"}
-# And the giant unit, on the ledger: a model in one unit, or a unit a block.
+# And the giant unit, on the ledger: a model in one unit (its message, and the parameters copied out
+# of it), or a unit a block.
 
 
 # %% slideshow={"slide_type": "fragment"}

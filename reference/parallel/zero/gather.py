@@ -95,10 +95,8 @@ class Gathering:
         """A use's gradients are there: they leave, or wait for the turn of their use."""
         unit = use.unit
         self._expect_end()
-        for i, leaf in unit.leaves.items():
-            if leaf.grad is not None:
-                gradients[i] = leaf.grad + gradients[i] if i in gradients else leaf.grad
-        unit.leaves, use.has_begun = {}, False
+        _add_what_leaves_have(gradients, unit)
+        use.has_begun = False
         if unit.is_freed_by_gradient:
             _forget(unit)
         self.on_gradient(unit)
@@ -219,6 +217,14 @@ class _Gather(torch.autograd.Function):
         there = zip(ctx.use.learning, gradients, strict=True)
         ctx.gathering.arrive(ctx.use, {i: g for i, g in there if g is not None})
         return (None,) * (2 + len(gradients))
+
+
+def _add_what_leaves_have(gradients: dict[int, Tensor], unit: Unit) -> None:
+    """Of a checkpoint inside of the unit whose backward was nested in this one."""
+    for i, leaf in unit.leaves.items():
+        if leaf.grad is not None:
+            gradients[i] = leaf.grad + gradients[i] if i in gradients else leaf.grad
+    unit.leaves = {}
 
 
 def _forget(unit: Unit) -> None:

@@ -215,6 +215,7 @@ def test_prefetch_buys_time_with_memory():
     assert seconds["pre"] < seconds["post"] <= seconds[None]
     # Gathered vectors, and the parts of gradients on their way.
     assert units["pre"] == pytest.approx(units[None] + 1, abs=0.3)
+    assert units["post"] == pytest.approx(units[None], abs=0.3)
     ahead = run(4, lambda c: one_step(c, {"forward_prefetch": True}, 256, 4096), hardware=CLASSROOM)
     assert ahead.results[0][2] < seconds["pre"]
 

@@ -1,8 +1,8 @@
 """What FSDP takes over stays what it was, and a step's gradients belong to the step.
 
-Oracle: the same model on one rank, on all rows; torch's fully_shard on gloo. All of it has gone wrong
-in production: frozen parameters in a unit (pytorch #104690, peft #1702), tied weights (verl #7834,
-torchtune #616), decay groups (fairscale #697, pytorch #101343), passes that use different
+Oracle: the same model on one rank, on all rows; torch's fully_shard on gloo. All of it has gone
+wrong in production: frozen parameters in a unit (pytorch #104690, peft #1702), tied weights (verl
+#7834, torchtune #616), decay groups (fairscale #697, pytorch #101343), passes that use different
 parameters (pytorch #69031), two forwards before a backward (pytorch #136861, fairscale #918),
 checkpoints (fairscale #777).
 """
