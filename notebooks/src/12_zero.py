@@ -371,8 +371,8 @@ plt.show()
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # Forgotten: the root's unit (embedding, last norm, head; needed at both ends of the step, so it
 # stays) and one block, each gathered as the one before is forgotten. In backward two blocks, since
-# the next is fetched ahead (section 6). The spikes: a block is copied out of the message in which it
-# came, since its parameters do not lie in one piece there.
+# the next is fetched ahead (section 6). The spikes: a block is copied out of the message in which
+# it came, since its parameters do not lie in one piece there.
 #
 # Kept (`reshard_after_forward=False`): the memory of whole parameters, and the traffic of stage 2.
 #
@@ -1051,8 +1051,8 @@ table(
 #
 # <!-- notes: The bridge to the next three chapters. Let them guess which of the numbers forbids it:
 # 508 MB of states look like victory. Then 403 GB of activations for one row, and 27.1 GB gathered,
-# beside an 80 GB GPU. No stage cuts a row, or a layer while it computes. Then ask why rank 0 has 508
-# where the formula says 396: 1,024 rows of a key matrix do not divide by 16,384. -->
+# beside an 80 GB GPU. No stage cuts a row, or a layer while it computes. Then ask why rank 0 has
+# 508 where the formula says 396: 1,024 rows of a key matrix do not divide by 16,384. -->
 
 # %% slideshow={"slide_type": "fragment"}
 NUM_LAYERS = 126

@@ -22,7 +22,7 @@ torch's fully_shard (FSDP2); the first FSDP laid a unit's into one vector (flat.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from reference.parallel.zero.gather import Gathering, Use
 from reference.parallel.zero.notes import saved_as_notes
 from reference.parallel.zero.ownership import take_over
 from reference.parallel.zero.reduction import clip_shards
+from reference.parallel.zero.rows import rows_of
 from reference.parallel.zero.unit import Unit
 
 Prefetch = Literal["pre", "post"] | None
@@ -155,6 +156,24 @@ class FSDP(Transparent):
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             state[name] = found[shards[id(tensor)]] if id(tensor) in shards else tensor.clone()
         return state
+
+    @torch.no_grad()
+    def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Fill this rank's shards, and the buffers, from whole tensors: a plain model's state.
+
+        Raises: ValueError where names or shapes are not the model's; nothing has changed then.
+        """
+        shards = {id(h.parameter) for unit in self.units for h in unit.held}
+        ours = self.module.state_dict(keep_vars=True)
+        wholes = {name: getattr(t, "whole_shape", t.shape) for name, t in ours.items()}
+        given = {name: t.shape for name, t in state.items()}
+        if wholes != given:
+            names = sorted(n for n in {**wholes, **given} if wholes.get(n) != given.get(n))
+            raise ValueError(f"state: expected the tensors of this model, differs in {names}")
+        for name, tensor in ours.items():
+            is_sharded = id(tensor) in shards
+            rows = rows_of(len(state[name]), self.comm.size, self.comm.rank) if is_sharded else ...
+            tensor.copy_(state[name][rows])
 
     @torch.no_grad()
     def _send_buffers(self) -> None:

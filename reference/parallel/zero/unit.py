@@ -144,20 +144,19 @@ class Unit:
                     torch.zeros(held.shape, dtype=held.parameter.dtype) if meta else held.parameter
                     for held, meta in zip(self.held, is_meta, strict=True)
                 ]
-                message = layout.spread(wholes) if comm.rank == 0 else None
+                message = layout.spread(wholes).to(comm.device) if comm.rank == 0 else None
                 comm.scatter(row, message, src=0)
             if replicas is not None:
                 replicas.broadcast(row, src=0)
-        for held, shard, meta in zip(
-            self.held, layout.shards(row, comm.rank), is_meta, strict=True
-        ):
-            _become(held, shard.clone(), is_meta=meta)
+        for held, shard in zip(self.held, layout.shards(row, comm.rank), strict=True):
+            _become(held, shard.clone())
             comm.memory.label(held.parameter, "parameters")
 
 
-def _become(held: Held, shard: Tensor, *, is_meta: bool) -> None:
-    """Let the parameter hold its shard: the same object, so that optimizers and hooks stay."""
-    if is_meta:
+def _become(held: Held, shard: Tensor) -> None:
+    """Let the parameter hold its shard: the same object, so that optimizers and hooks stay, unless
+    it has to come to another device."""
+    if held.parameter.device != shard.device:
         held.parameter = nn.Parameter(shard, requires_grad=held.parameter.requires_grad)
         for owner, attribute in held.places:
             owner._parameters[attribute] = held.parameter

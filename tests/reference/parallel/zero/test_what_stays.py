@@ -171,6 +171,25 @@ def test_names_shapes_dtypes_and_decay_groups_are_the_models():
     assert run(2, program).results == [expected] * 2
 
 
+def test_a_whole_state_is_loaded_from_the_meta_device():
+    state = Tied().state_dict()
+
+    def program(comm):
+        with torch.device("meta"):
+            model = Tied()
+            model.middle[1].to_empty(device="cpu")  # buffers are not sharded
+        fsdp = FSDP(model, comm, [model.middle])
+        fsdp.load_full_state_dict(state)
+        wrong = {**state, "head.weight": state["head.weight"][:3]}
+        with pytest.raises(ValueError, match=r"differs in \['head.weight'\]"):
+            fsdp.load_full_state_dict(wrong)
+        return fsdp.full_state_dict()
+
+    for ours in run(3, program).results:
+        assert ours.keys() == state.keys()
+        assert all(torch.equal(ours[name], tensor) for name, tensor in state.items())
+
+
 def test_decay_groups_match_one_rank():
     _, truth = trained(fresh(), groups=True)
     for _, ours in run(4, lambda c: trained(fresh(), c, by_layer, groups=True)).results:
