@@ -101,7 +101,7 @@ class LlamaStage(nn.Module):
         attend: Attend,
     ) -> Tensor:
         if self.kind == "full":
-            return recompute(lambda x: layer(x, mask, rotate=rotate, attend=attend), x)
+            return recompute(layer, x, mask, rotate=rotate, attend=attend)
         if self.kind == "selective":
             attend = recomputed(attend)
         return layer(x, mask, rotate=rotate, attend=attend)
