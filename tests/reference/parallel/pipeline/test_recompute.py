@@ -1,6 +1,7 @@
 """Oracles: the plain call, bit by bit; torch.utils.checkpoint."""
 
 import copy
+import functools
 from typing import NamedTuple
 
 import pytest
@@ -280,7 +281,7 @@ def test_matches_under_ddp_and_with_collectives_inside():
             model = DDP(parallelize(Llama(config), mesh.tp), mesh.dp, bucket_bytes=256)
             tokens = torch.arange(8)[None] + mesh.dp.rank
             block = model.module.layers[0]
-            block.forward = (lambda f, call: lambda *a, **k: call(f, *a, **k))(block.forward, call)
+            block.forward = functools.partial(call, block.forward)
             before = mesh.tp.traffic.total().num_calls
             model(tokens).square().sum().backward()
             calls.append(mesh.tp.traffic.total().num_calls - before)
@@ -349,7 +350,7 @@ def test_rejects_changes_between_forward_and_backward():
 
 
 def test_matches_a_transformer_with_checkpointing_under_lora():
-    """transformers' case: dropout, a frozen base, an adapter that learns; states as after one run."""
+    """transformers' case: dropout, a frozen base, an adapter that learns."""
     found = []
     for call in (plain, recompute, torchs):
         model = copy.deepcopy(network())
