@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from reference.attention.dot_product import Mask
@@ -28,10 +28,10 @@ from reference.parallel.context.layout import Layout, positions
 from reference.parallel.context.partial import Kernel
 from reference.parallel.context.ring import ring_attention
 from reference.parallel.context.ulysses import ulysses_attention
+from reference.parallel.data_parallel import TokenMean, token_mean
 from reference.parallel.ranks import Comm
 from reference.transformer import Llama
-
-IGNORE_INDEX = -100
+from reference.transformer.loss import IGNORED
 
 
 class ContextParallel:
@@ -124,26 +124,33 @@ class ContextParallel:
         return model.logits(x)
 
     def share_of_mean(
-        self, losses: Float[Tensor, ...], is_counted: Tensor | None = None
+        self,
+        losses: Float[Tensor, ...],
+        is_counted: Bool[Tensor, ...] | None = None,
+        mean: TokenMean | None = None,
     ) -> Float[Tensor, ""]:
         """This rank's share of the mean over all ranks' tokens; shares add up to the mean.
 
         `is_counted` leaves tokens out, padding for instance. Backward of the shares gives parts of
-        the gradient, for `sum_gradients`. Zero where nobody counts any token.
+        the gradient, for `sum_gradients`. Zero where nobody counts any token. `mean` is that of a
+        step of which this text is a part; without it, the text is all.
         """
         if is_counted is None:
             is_counted = torch.ones_like(losses, dtype=torch.bool)
-        count = self.comm.all_reduce(is_counted.sum())
-        return losses.masked_fill(~is_counted, 0).sum() / count.clamp(min=1)
+        return (mean or token_mean(is_counted, self.comm)).share(losses, is_counted)
 
     def loss(
-        self, logits: Float[Tensor, "B t V"], targets: Int[Tensor, "B t"]
+        self,
+        logits: Float[Tensor, "B t V"],
+        targets: Int[Tensor, "B t"],
+        mean: TokenMean | None = None,
     ) -> Float[Tensor, ""]:
         """This rank's share of the mean cross-entropy; targets of -100 do not count."""
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX
+            wide.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
         )
-        return self.share_of_mean(losses, targets.flatten() != IGNORE_INDEX)
+        return (mean or token_mean(targets, self.comm)).share(losses, targets)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up the parts that ranks have found: all have the gradient of the whole text."""
