@@ -34,7 +34,7 @@ class Moments(NamedTuple):
 
     mean: Float[Tensor, " C"]
     squares: Float[Tensor, " C"]
-    count: Float[Tensor, ""]
+    num_values: Float[Tensor, ""]
 
 
 def moments(x: Float[Tensor, "B C L"], comm: Comm) -> Moments:
@@ -108,6 +108,9 @@ class SyncBatchNorm(_BatchNorm):
     over all ranks, another number of channels, or an eps that is not above 0.
     """
 
+    inner: _BatchNorm
+    comm: Comm
+
     def __init__(self, batch_norm: nn.Module, comm: Comm) -> None:
         if not isinstance(batch_norm, _BatchNorm):
             raise TypeError(f"batch_norm: expected a BatchNorm, got {type(batch_norm).__name__}")
@@ -142,7 +145,7 @@ class SyncBatchNorm(_BatchNorm):
         self.num_batches_tracked.add_(1)
         momentum = self.momentum
         weight = 1 / float(self.num_batches_tracked) if momentum is None else momentum
-        unbiased = found.squares / (found.count - 1)
+        unbiased = found.squares / (found.num_values - 1)
         for running, new in ((self.running_mean, found.mean), (self.running_var, unbiased)):
             running.copy_(running.to(new.dtype).lerp(new, weight))
 

@@ -16,6 +16,7 @@ import torch
 from reference.parallel.data_parallel.ddp import DDP
 
 Batch = TypeVar("Batch")
+DivideBy = Literal["all", "active", "tokens"]
 GONE = -1  # in place of a number of tokens: no batch is left
 
 
@@ -42,7 +43,7 @@ def uneven(
             "divide_by_initial_world_size: expected True, the default, got False; num_counted "
             "divides by tokens"
         )
-    by = "tokens" if num_counted else "all" if divide_by_initial_world_size else "active"
+    by: DivideBy = "tokens" if num_counted else "all" if divide_by_initial_world_size else "active"
     last = 0
     try:
         for batch in batches:
@@ -56,7 +57,7 @@ def uneven(
     ddp.send_state(source=last)
 
 
-def _meet(ddp: DDP, num_counted: int, by: Literal["all", "active", "tokens"]) -> int:
+def _meet(ddp: DDP, num_counted: int, by: DivideBy) -> int:
     """Who still has data, and how many tokens: sets the divisor; the highest such rank, or -1."""
     mine = torch.tensor([num_counted], device=ddp.comm.device)
     counts = ddp.comm.all_gather(mine).tolist()

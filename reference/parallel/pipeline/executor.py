@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from reference.parallel.data_parallel import TokenMean, token_mean
 from reference.parallel.pipeline.deferred import WeightGradients
-from reference.parallel.pipeline.schedules import Action, Schedule
+from reference.parallel.pipeline.schedules import Action, Schedule, check_schedule
 from reference.parallel.ranks import Comm, Handle
 
 LossOf = Callable[[Tensor, Tensor], Tensor]
@@ -55,6 +55,7 @@ class Pipeline:
             raise ValueError(
                 f"stages: expected {schedule.num_chunks}, the schedule's chunks, got {len(stages)}"
             )
+        check_schedule(schedule)
         self.comm, self.stages, self.schedule, self.loss_of = comm, stages, schedule, loss_of
         self.like = like or _stream_of(stages[0])
         self.weights = [WeightGradients() for _ in stages]

@@ -29,15 +29,17 @@ from reference.transformer.token_ids import check_token_ids
 class VocabParallelEmbedding(nn.Module):
     """This rank's rows of an embedding; its output is a summand: zeros for others' tokens.
 
-    Raises: ValueError where the vocabulary does not divide by the number of ranks.
+    Raises: ValueError where the vocabulary does not divide by the number of ranks, or has not a
+    token: all ranks would take it for another's.
     """
 
     def __init__(self, weight: Float[Tensor, "V D"], comm: Comm) -> None:
         super().__init__()
         self.weight = nn.Parameter(part_of(weight, comm, 0, "vocab_size"))
-        self.first = comm.rank * len(self.weight)
+        self.first, self.vocab_size = comm.rank * len(self.weight), len(weight)
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        check_token_ids("tokens", tokens, self.vocab_size)
         here, inside = local_ids(tokens, self.first, len(self.weight))
         return F.embedding(here, self.weight) * inside[..., None].to(self.weight.dtype)
 
