@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from reference.parallel.options import at_least, one_of
+
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -39,11 +41,8 @@ def layer_activation_bytes(
     """
     counts = {"seq_len": seq_len, "batch": batch, "dim": dim, "num_heads": num_heads,
               "num_ranks": num_ranks}  # fmt: skip
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
-    if recompute not in ("none", "selective", "full"):
-        raise ValueError(f"recompute: expected none, selective or full, got {recompute!r}")
+    at_least(1, counts.items())
+    one_of("recompute", recompute, Recompute)
     stream = seq_len * batch * dim
     if recompute == "full":
         return 2.0 * stream
