@@ -76,7 +76,9 @@ class Zero:
         self._passes = Passes()
         self._used: set[nn.Parameter] = set()
         self._num_started = 0
+        self._coming: set[nn.Parameter] = set()
         for parameter in self._parameters:
+            parameter.register_hook(self._hook(parameter))
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
     def reduce_gradients(self) -> None:
@@ -179,10 +181,20 @@ class Zero:
             return set(here)
         return {p for p, flag in zip(self._parameters, flags.tolist(), strict=True) if flag}
 
+    def _hook(self, parameter: nn.Parameter) -> Callable[[Tensor | None], None]:
+        def come(gradient: Tensor | None) -> None:
+            if gradient is not None:  # a node may be reached, and have nothing to say
+                self._coming.add(parameter)
+
+        return come
+
     def _arrived(self, parameter: Tensor) -> None:
         """At stage 2 buckets leave when they are full, on all ranks in the same order: the bucket
         that comes next, in its n-th round, when all of it has arrived n times. A step has as many
         rounds as backward passes; what is left of them leaves in `reduce_gradients`."""
+        if parameter not in self._coming:
+            return
+        self._coming.discard(parameter)  # type: ignore[arg-type]
         self._num_arrived[parameter] += 1  # type: ignore[index]
         self._passes.note()
         if self.stage < 2:
