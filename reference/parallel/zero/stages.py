@@ -194,7 +194,7 @@ class Zero:
         rounds as backward passes; what is left of them leaves in `reduce_gradients`."""
         if parameter not in self._coming:
             return
-        self._coming.discard(parameter)  # type: ignore[arg-type]
+        self._coming.discard(parameter)
         self._num_arrived[parameter] += 1  # type: ignore[index]
         self._passes.note()
         if self.stage < 2:
