@@ -125,12 +125,12 @@ class _Call:
 
 
 class _Note:
-    """What is known of a saved tensor: its kind, and which version of which parameter it was."""
+    """What is known of a saved tensor: its kind, and which version of which leaf it was."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.kind = _kind(tensor)
         owner = _owner(tensor)
-        self.parameter = weakref.ref(owner) if owner.is_leaf and owner.requires_grad else None
+        self.owner = weakref.ref(owner) if owner.is_leaf else None
         self.version = owner._version
 
     def check(self, tensor: Tensor, name: str) -> None:
@@ -140,11 +140,11 @@ class _Note:
                 "a function that is recomputed must do the same each time"
             )
         owner = _owner(tensor)
-        is_same = self.parameter is not None and self.parameter() is owner
+        is_same = self.owner is not None and self.owner() is owner
         if is_same and owner._version != self.version:
             raise RuntimeError(
-                f"{name}: expected the parameter of shape {tuple(owner.shape)} as in forward, it "
-                "has been changed in place; update after backward"
+                f"{name}: expected the tensor of shape {tuple(owner.shape)} as in forward, it has "
+                "been changed in place; update parameters after backward"
             )
 
 

@@ -2,7 +2,8 @@
 
     part = parallelize(copy.deepcopy(model), comm, sequence_parallel=True)
     logits = part(tokens)                                         # (B, T, V/N), this rank's
-    vocab_parallel_cross_entropy(logits, targets, comm).mean().backward()
+    losses = vocab_parallel_cross_entropy(logits, targets, comm)
+    token_mean(targets).share(losses, targets).backward()         # targets of -100 do not count
 
 `comm` is the group of ranks that share a model, such as `mesh.tp`: all of them get the same tokens,
 and other axes of the mesh may have others.

@@ -219,6 +219,34 @@ def test_invariant_backward_twice_and_of_a_part():
             y.sum().backward()
 
 
+@pytest.mark.parametrize("outer, inner", [(recompute, torchs), (torchs, recompute)])
+def test_matches_with_torchs_around_or_inside(outer, inner):
+    found = []
+    for around, inside in ((plain, plain), (outer, inner)):
+        model, drop = network(), nn.Dropout(0.4)
+        x = torch.ones(3, 8, requires_grad=True)
+        torch.manual_seed(3)
+        y = around(lambda x, f=inside, m=model, d=drop: d(f(m, x).exp() + f(m, x.sin())), x)
+        y.sum().backward()
+        found.append([y.detach(), x.grad, *(p.grad for p in model.parameters())])
+    assert equal(*found)
+
+
+def test_matches_a_function_that_differentiates():
+    """A gradient penalty runs a backward of its own, in both runs."""
+
+    def penalty(x):
+        (grad,) = torch.autograd.grad(x.pow(3).sum(), x, create_graph=True)
+        return grad.square()
+
+    found = []
+    for call in (plain, recompute):
+        x = torch.linspace(0.1, 1, 4, requires_grad=True)
+        call(penalty, x * 1).sum().backward()
+        found.append([x.grad])
+    assert equal(*found)
+
+
 def test_matches_second_derivatives():
     found = []
     for call in (plain, recompute):
@@ -334,8 +362,9 @@ def test_rejects_a_second_run_that_does_something_else():
 
 def test_rejects_changes_between_forward_and_backward():
     """As the plain call does; torch.utils.checkpoint takes the new parameters."""
-    for call in (plain, recompute):
-        layer, x = nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
+    for call, learns in ((plain, True), (recompute, True), (plain, False), (recompute, False)):
+        layer = nn.Linear(2, 2).requires_grad_(learns)
+        x = torch.ones(1, 2, requires_grad=True)
         y = call(layer, x.clone())
         with torch.no_grad():
             layer.weight.mul_(2)
