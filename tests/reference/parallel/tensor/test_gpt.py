@@ -54,7 +54,7 @@ def test_matches_one_rank_without_dropout(world_size, sequence_parallel):
         leaf = cut(x).clone().requires_grad_()
         y = part(leaf)
         y.backward(cut(grad))
-        alike = [part.out_bias, part.down_bias, part.norms[0].weight, part.norms[1].bias]
+        alike = [part.out.bias, part.down.bias, part.norms[0].weight, part.norms[1].bias]
         return y.detach(), leaf.grad, [p.grad for p in alike], part.up.weight.grad
 
     leaf = x.clone().requires_grad_()
