@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,14 @@ class Cut:
     dim: int | None
     copies: int = 1
 
-    def part(self, x: Tensor, comm: Comm, what: str) -> Tensor:
-        """This rank's part of a tensor that all hold, a copy.
+    def part(self, x: Tensor, comm: Comm | None, what: str) -> Tensor:
+        """This rank's part of a tensor that all hold, a copy. Where it stays whole, needs no ranks.
 
         Raises: ValueError where it cannot be cut into equal parts.
         """
         if self.dim is None:
             return x.detach().clone()
+        assert comm is not None
         num_parts = comm.size // self.copies
         if x.shape[self.dim] % num_parts:
             raise ValueError(
@@ -131,7 +132,9 @@ def tie(new: nn.Module, old: nn.Module) -> None:
         owner.register_parameter(own, getattr(other, other_own))
 
 
-def _part(parameter: nn.Parameter | None, cut: Cut, comm: Any, what: str) -> nn.Parameter | None:
+def _part(
+    parameter: nn.Parameter | None, cut: Cut, comm: Comm | None, what: str
+) -> nn.Parameter | None:
     if parameter is None:
         return None
     return nn.Parameter(cut.part(parameter, comm, what), requires_grad=parameter.requires_grad)
