@@ -32,7 +32,7 @@ class ParallelAdapter(Adapter):
     """A rank's part of an adapter of a layer that is cut by outputs (dim 0) or inputs (dim 1).
 
     `sharing`: the ranks that have the same outputs. `generator`: the same on all ranks of `comm`,
-    for dropout; `share_generator` gives one to every adapter of a model.
+    for dropout; `agree_on_adapters` gives one to every adapter of a model.
     """
 
     def __init__(self, adapter: Adapter, comm: Comm, dim: int, sharing: Comm | None = None) -> None:
@@ -56,7 +56,7 @@ class ParallelAdapter(Adapter):
             return x
         if self.generator is None:
             raise ValueError(
-                "dropout: expected random numbers that all ranks share; share_generator gives them"
+                "dropout: expected random numbers that all ranks share: call agree_on_adapters"
             )
         width = x.shape[-1] * (1 if self.is_by_outputs else self.comm.size)
         drawn = torch.rand(*x.shape[:-1], width, generator=self.generator, device=x.device)
@@ -87,15 +87,17 @@ def bias_of_sum(layer: nn.Module) -> Tensor | None:
     return base.bias
 
 
-def share_generator(model: nn.Module, comm: Comm) -> None:
-    """Give the adapters that drop inputs one stream of random numbers, the same on all ranks.
+@torch.no_grad()
+def agree_on_adapters(model: nn.Module, comm: Comm) -> None:
+    """Give all ranks rank 0's whole factors, and one stream of random numbers for dropout.
 
-    Its seed is that of rank 0's own stream. Sends nothing where no adapter drops anything.
+    A is drawn where the adapter was put on: on each rank another one, unless all had one seed. The
+    stream's seed is rank 0's own. Sends nothing where there are no adapters.
     """
-    dropping = [
-        m for m in model.modules() if isinstance(m, ParallelAdapter) and m.config.dropout
-    ]  # fmt: skip
-    if dropping:
+    adapters = [m for m in model.modules() if isinstance(m, ParallelAdapter)]
+    for adapter in adapters:
+        comm.broadcast(adapter.a if adapter.is_by_outputs else adapter.b, src=0)
+    if dropping := [adapter for adapter in adapters if adapter.config.dropout]:
         seed = torch.tensor(torch.initial_seed() % 2**62, device=comm.device)
         comm.broadcast(seed, src=0)
         generator = torch.Generator(comm.device)

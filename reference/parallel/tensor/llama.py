@@ -27,7 +27,7 @@ from reference.attention.dot_product import Mask
 from reference.attention.layer import Attend
 from reference.normalization import RMSNorm, rms_norm
 from reference.parallel.ranks import Comm
-from reference.parallel.tensor.adapters import bias_of_sum, divide, share_generator
+from reference.parallel.tensor.adapters import agree_on_adapters, bias_of_sum, divide
 from reference.parallel.tensor.cut import Cut, adopt, copied, cut_of, tie
 from reference.parallel.tensor.operators import (
     copy_to_ranks,
@@ -150,7 +150,7 @@ class ParallelLlama(Llama):
         self.lm_head = None if model.lm_head is None else divide(model.lm_head, comm, 0)
         check_nothing_is_lost(self, model)
         tie(self, model)
-        share_generator(self, comm)
+        agree_on_adapters(self, comm)
 
     def forward(
         self,

@@ -112,6 +112,16 @@ def scatter_sum(x: Float[Tensor, "B T D"], comm: Comm, dim: int = 1) -> Float[Te
     return _ScatterSum.apply(x, comm, dim)
 
 
+def check_no_gradient(**tensors: Tensor) -> None:
+    """Raises: ValueError for a tensor that asks for a gradient, which would not come back."""
+    for name, tensor in tensors.items():
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: expected a tensor without requires_grad, or torch.no_grad(): no gradient "
+                "comes back through these messages; layers.py has layers that learn"
+            )
+
+
 def _all_gather(x: Tensor, comm: Comm, dim: int) -> Tensor:
     return comm.all_gather(x.transpose(0, dim).contiguous()).transpose(0, dim).contiguous()
 

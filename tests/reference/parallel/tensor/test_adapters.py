@@ -30,6 +30,7 @@ from reference.lora import (
 )
 from reference.parallel.ranks import run
 from reference.parallel.tensor import parallelize, vocab_parallel_cross_entropy
+from reference.parallel.tensor.cut import parameters_with_cuts
 from reference.quantization.qlora import make_qlora
 from reference.transformer import save_pretrained
 from tests.reference.parallel.tensor.workload import (
@@ -219,6 +220,27 @@ def test_invariant_a_state_does_not_know_how_it_was_divided(saved, loaded):
     for found in run(loaded, steps, half, 2).results:
         for name in truth:
             assert_close(found[name], truth[name], **CLOSE, msg=name)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_invariant_copies_stay_copies_though_each_rank_drew_its_own(sequence_parallel):
+    """NVIDIA-NeMo/Megatron-Bridge 5396, InfiniTensor/InfiniTrain 150: A from a rank's own seed."""
+    config = LoRAConfig(rank=3, alpha=6, targets=("q_proj", "v_proj", "down_proj"), dropout=0.3)
+    base = fresh(num_kv_heads=1)
+
+    def program(comm):
+        model = add_adapter(copy.deepcopy(base), config)
+        own = model.layers[0].self_attn.q_proj.adapter("default").a.detach().clone()
+        part = parallelize(model, comm, sequence_parallel=sequence_parallel)
+        train(part, lambda z: vocab_parallel_cross_entropy(z, TARGETS, comm).mean())
+        alike = [p.detach() for _, p, cut in parameters_with_cuts(part) if cut.dim is None]
+        return own, alike, part.layers[1].self_attn.v_proj.adapter("default").b.detach()
+
+    (first, alike, copied), *others = run(4, program, is_measured=False).results
+    for own, theirs, shared in others:
+        assert not torch.equal(own, first)
+        assert all(torch.equal(a, b) for a, b in zip(alike, theirs, strict=True))
+        assert torch.equal(shared, copied) and shared.abs().max() > 0
 
 
 def test_invariant_frozen_weights_send_nothing_back():

@@ -161,6 +161,15 @@ def test_attention_term_matches_the_paper(seq_len, batch, dim, num_heads, expect
     assert (without, whole - without) == (34, expected)
 
 
+def test_full_recomputation_keeps_the_input_of_a_layer():
+    """With sequence parallelism it is this rank's positions: 2 bytes of each of s b h / t."""
+    for sequence_parallel, t in ((False, 1), (True, 8)):
+        kept = layer_activation_bytes(
+            64, 2, 32, 8, num_ranks=8, recompute="full", sequence_parallel=sequence_parallel
+        )
+        assert kept == 2 * 64 * 2 * 32 / t
+
+
 def test_formula_rejects():
     with pytest.raises(ValueError, match="num_ranks: expected at least 1, got 0"):
         layer_activation_bytes(8, 1, 8, 1, num_ranks=0)
