@@ -31,6 +31,7 @@ Letters: N ranks (t in the papers), B, T, D, F, V as everywhere; small letters a
 """
 
 from reference.parallel.tensor.activations import layer_activation_bytes
+from reference.parallel.tensor.adapters import ParallelAdapter
 from reference.parallel.tensor.cut import Cut, cut_of
 from reference.parallel.tensor.gpt import GPTLayer, ParallelGPTLayer, RandomStreams, dropout
 from reference.parallel.tensor.gradients import clip_grad_norm
@@ -68,6 +69,7 @@ __all__ = [
     "Einsum",
     "GPTLayer",
     "Move",
+    "ParallelAdapter",
     "ParallelBlock",
     "ParallelGPTLayer",
     "ParallelLlama",
