@@ -52,10 +52,8 @@ def propagate(steps: Sequence[Einsum], annotations: Mapping[str, Sharding]) -> d
     """The sharding of every tensor: annotations spread along letters, forward and back, until
     nothing changes. What is annotated stays as it is; an axis divides a tensor once at most.
 
-    Raises: ValueError for an annotation that does not fit its tensor, divides it twice along one
-    axis, or is of a tensor that no step has.
+    Raises: ValueError for an annotation that does not fit its tensor.
     """
-    _check_annotations(steps, annotations)
     known: dict[str, list[str | None]] = {}
     for step in steps:
         for name, letters in zip((*step.inputs, step.output), step.letters, strict=True):
@@ -67,16 +65,6 @@ def propagate(steps: Sequence[Einsum], annotations: Mapping[str, Sharding]) -> d
     while changed:
         changed = any([_spread(step, known, annotations) for step in (*steps, *reversed(steps))])
     return {name: tuple(axes) for name, axes in known.items()}
-
-
-def _check_annotations(steps: Sequence[Einsum], annotations: Mapping[str, Sharding]) -> None:
-    names = list(dict.fromkeys(n for step in steps for n in (*step.inputs, step.output)))
-    for name, sharding in annotations.items():
-        if name not in names:
-            raise ValueError(f"annotations: expected some of {', '.join(names)}; got {name}")
-        axes = [axis for axis in sharding if axis is not None]
-        if len(axes) > len(set(axes)):
-            raise ValueError(f"{name}: expected each axis once, got {sharding}")
 
 
 def _spread(
@@ -159,24 +147,11 @@ def execute(
 
 
 def part_by(whole: Tensor, sharding: Sharding, mesh: Mesh) -> Tensor:
-    """This rank's part of a tensor that divides by the axes of its sharding.
-
-    Raises: ValueError for one that does not.
-    """
+    """This rank's part of a tensor that divides by the axes of its sharding."""
     for dim, axis in enumerate(sharding):
         if axis is not None:
-            whole = _slice(whole, dim, axis, mesh)
+            whole = whole.chunk(mesh.shape[axis], dim)[mesh.coordinates[axis]]
     return whole
-
-
-def _slice(x: Tensor, dim: int, axis: str, mesh: Mesh) -> Tensor:
-    size = mesh.shape[axis]
-    if x.shape[dim] % size:
-        raise ValueError(
-            f"expected dimension {dim} of shape {tuple(x.shape)} to be a multiple of {size}, the "
-            f"ranks along {axis}; pad it"
-        )
-    return x.chunk(size, dim)[mesh.coordinates[axis]]
 
 
 def _as_needed(
@@ -190,5 +165,5 @@ def _as_needed(
             moved = mesh[axis].all_gather(value.transpose(0, dim).contiguous())
             value = moved.transpose(0, dim)
         if needed is not None:
-            value = _slice(value, dim, needed, mesh)
+            value = value.chunk(mesh.shape[needed], dim)[mesh.coordinates[needed]]
     return value

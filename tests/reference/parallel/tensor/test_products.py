@@ -140,8 +140,6 @@ def test_rejects_gradients_that_would_not_come_back():
 def test_rejects_matrices_that_do_not_divide():
     with pytest.raises(ValueError, match=r"whole: expected a shape of multiples of \(2, 2\)"):
         run(4, lambda comm: block_of(comm.mesh(row=2, column=2), torch.zeros(4, 5)))
-    with pytest.raises(ValueError, match="dimension 1 of shape .4, 5. to be a multiple of 2"):
-        run(2, lambda comm: part_by(torch.zeros(4, 5), (None, "tp"), comm.mesh(tp=2)))
 
 
 MLP = (
@@ -196,10 +194,6 @@ def test_propagation_finds_megatrons_layout():
 def test_propagation_rejects():
     with pytest.raises(ValueError, match="w1: expected 2 axes or None, got"):
         propagate(MLP, {"w1": ("tp",)})
-    with pytest.raises(ValueError, match="annotations: expected some of x, w1, h, w2, y; got w3"):
-        propagate(MLP, {"w3": (None, "tp")})
-    with pytest.raises(ValueError, match="w1: expected each axis once, got"):
-        propagate(MLP, {"w1": ("tp", "tp")})
     with pytest.raises(ValueError, match="x: expected among w1, w2"):
         run(1, lambda c: execute(MLP, propagate(MLP, {}), {"w1": draw(1, 1), "w2": draw(1, 1)},
                                  c.mesh(tp=1)))  # fmt: skip
