@@ -29,8 +29,9 @@ from reference.lora import (
     use_rows,
 )
 from reference.parallel.ranks import run
-from reference.parallel.tensor import parallelize, vocab_parallel_cross_entropy
+from reference.parallel.tensor import clip_grad_norm, parallelize, vocab_parallel_cross_entropy
 from reference.parallel.tensor.cut import parameters_with_cuts
+from reference.parallel.zero import Zero
 from reference.quantization.qlora import make_qlora
 from reference.transformer import save_pretrained
 from tests.reference.parallel.tensor.workload import (
@@ -39,10 +40,12 @@ from tests.reference.parallel.tensor.workload import (
     TARGETS,
     fresh,
     learned,
+    mean_loss,
     train,
     train_one_rank,
     train_ranks,
 )
+from tests.tolerances import TOLERANCE
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ONE = LoRAConfig(rank=3, alpha=6, targets=ALL)
@@ -241,6 +244,45 @@ def test_invariant_copies_stay_copies_though_each_rank_drew_its_own(sequence_par
         assert not torch.equal(own, first)
         assert all(torch.equal(a, b) for a, b in zip(alike, theirs, strict=True))
         assert torch.equal(shared, copied) and shared.abs().max() > 0
+
+
+def test_matches_processes():
+    """The same program on gloo, with dropout: the same bits."""
+    config = LoRAConfig(rank=3, alpha=6, targets=ALL, dropout=0.3)
+    model = adapted(config, num_kv_heads=1)
+
+    def program(comm):
+        part = parallelize(model, comm, sequence_parallel=True)
+        train(part, lambda z: vocab_parallel_cross_entropy(z, TARGETS, comm).mean())
+        norm = clip_grad_norm(part, 0.1, comm)
+        return norm, part.full_state_dict()
+
+    simulated, real = run(2, program), run(2, program, backend="processes")
+    for (norm, state), (their_norm, theirs) in zip(simulated.results, real.results, strict=True):
+        assert torch.equal(norm, their_norm)
+        assert all(torch.equal(state[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_matches_one_rank_with_data_parallelism(stage):
+    """Two rows of the batch, each on two tensor ranks, under ZeRO."""
+    model = adapted(ONE).float()
+
+    def program(comm):
+        mesh = comm.mesh(dp=2, tp=2)
+        part = parallelize(model, mesh.tp, sequence_parallel=True)
+        zero = Zero(part, mesh.dp, stage, lambda p: torch.optim.SGD(p, lr=0.5), bucket_bytes=300)
+        tokens, targets = (t.chunk(2)[mesh.dp.rank] for t in (INPUTS, TARGETS))
+        vocab_parallel_cross_entropy(part(tokens), targets, mesh.tp).mean().backward()
+        zero.step()
+        return part.full_state_dict()
+
+    one = copy.deepcopy(model)
+    mean_loss(one(INPUTS)).backward()
+    torch.optim.SGD(trainable_parameters(one), lr=0.5).step()
+    for found in run(4, program, is_measured=False).results:
+        for name, tensor in one.state_dict().items():
+            assert_close(found[name], tensor, **TOLERANCE[torch.float32], msg=name)
 
 
 def test_invariant_frozen_weights_send_nothing_back():
