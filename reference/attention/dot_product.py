@@ -35,9 +35,10 @@ def scaled_dot_product_attention(
     """Average `v` by the softmax of the scaled products of `q` and `k`.
 
     Key/value heads are repeated for the query heads that share them. A query that sees no key gets
-    zeros, and what it does not see does not reach it, be it NaN. Products and result in the dtype of `q` (under autocast in autocast's, as torch's own);
-    the softmax in float32 at least. In float16 the product overflows at 65504 before it is scaled:
-    for inputs so large pass `q * s` and `scale=1`.
+    zeros, and what it does not see does not reach it, be it NaN. Products and result in the dtype
+    of `q` (under autocast in autocast's, as torch's own); the softmax in float32 at least. In
+    float16 the product overflows at 65504 before it is scaled: for inputs so large pass `q * s` and
+    `scale=1`.
 
     Raises: ValueError for shapes that do not fit, TypeError for unequal or integer dtypes.
     Source: arXiv 1706.03762, eq. 1.
@@ -71,8 +72,8 @@ def single_head_attention(
     batch = q.shape[:-2]
     if mask is not None and mask.ndim > 2:
         mask = mask.expand(*batch, *mask.shape[-2:]).flatten(0, -3)[:, None]
-    rows = [x.reshape(-1, 1, *x.shape[-2:]) for x in (q, k, v)]
-    out = scaled_dot_product_attention(*rows, mask, scale=scale)
+    q, k, v = (x.reshape(-1, 1, *x.shape[-2:]) for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, mask, scale=scale)
     return out.view(*batch, *out.shape[-2:])
 
 

@@ -132,5 +132,5 @@ def flash_attention_backward(
 
 
 def finite(x: Tensor) -> Tensor:
-    """NaN and inf as zeros: hidden, they count nothing; seen, they show in P or in D all the same."""
+    """NaN and inf as zeros: hidden, they count nothing; seen, they show in P or D all the same."""
     return x.nan_to_num(0.0, 0.0, 0.0)

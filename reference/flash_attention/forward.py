@@ -85,7 +85,8 @@ def flash_attention_forward(
     """Output in the dtype of q, and log-sum-exp of the scores in float32 (float64 for float64).
 
     Half-precision tiles are widened one by one; sums are kept wide. A query that sees no key gets
-    zeros and lse = -inf, and what it does not see does not reach it, be it NaN. Block sizes need not divide the lengths.
+    zeros and lse = -inf, and what it does not see does not reach it, be it NaN. Block sizes need
+    not divide the lengths.
 
     Raises: ValueError for shapes or block sizes that do not fit, TypeError for unequal dtypes.
     """

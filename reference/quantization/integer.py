@@ -144,8 +144,8 @@ def _finite(extent: Tensor) -> Tensor:
     """The extent of each group, where inf or nan among its numbers shows."""
     if not bool(torch.isfinite(extent).all()):
         raise ValueError(
-            "x: expected finite values whose range is finite as well, got inf or nan; find the layer "
-            "that made them"
+            "x: expected finite values whose range is finite as well, got inf or nan; find the "
+            "layer that made them"
         )
     return extent
 

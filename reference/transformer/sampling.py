@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reference.transformer.stopping import Stop, has_ended
 from reference.transformer.token_ids import has_values
 
 Model = Callable[[Tensor], Tensor]
@@ -65,7 +66,7 @@ def filter_logits(
 def _check(temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not 0 <= temperature < math.inf:
         raise ValueError(
-            f"temperature: expected at least 0 and finite, got {temperature}; 0 is the greedy choice"
+            f"temperature: expected at least 0 and finite, got {temperature}; 0 is greedy choice"
         )
     if top_k is not None and top_k < 0:
         raise ValueError(f"top_k: expected at least 1, or 0 to cut nothing, got {top_k}")
@@ -116,12 +117,14 @@ def generate(
     *,
     choose: Callable[[Tensor], Tensor] = greedy,
     context: int | None = None,
-    stop: int | None = None,
+    stop: Stop | None = None,
 ) -> Int[Tensor, "B S"]:
     """The prompt and up to `num_tokens` more, each chosen from the model's last logits.
 
     Everything is computed anew for each token, which chapter 06 mends. With `context` the model
-    sees the last so many tokens. Generation ends early when every row has chosen `stop`.
+    sees the last so many tokens. `stop` is a token or a question to a row's tokens so far
+    (`stopping.stop_strings`): generation ends early when every row has come to it, and a row goes
+    on with the token that it ended with.
 
     Raises: ValueError for an empty prompt; the model refuses more tokens than its context.
     """
@@ -130,13 +133,14 @@ def generate(
             f"prompt: expected (B, T) with at least one token, got {tuple(prompt.shape)}"
         )
     tokens, is_done = prompt, torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    chosen: list[Tensor] = []
     for _ in range(num_tokens):
         seen = tokens if context is None else tokens[:, -context:]
-        chosen = choose(model(seen)[:, -1])
+        token = choose(model(seen)[:, -1])
+        chosen.append(torch.where(is_done, chosen[-1], token) if chosen else token)
+        tokens = torch.cat((tokens, chosen[-1][:, None]), 1)
         if stop is not None:
-            chosen = chosen.masked_fill(is_done, stop)
-            is_done = is_done | (chosen == stop)
-        tokens = torch.cat((tokens, chosen[:, None]), 1)
-        if stop is not None and bool(is_done.all()):
-            break
+            is_done = is_done | has_ended(stop, chosen)
+            if bool(is_done.all()):
+                break
     return tokens
