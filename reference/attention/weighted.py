@@ -22,7 +22,7 @@ def weighted_sum(
     Gradients are those of the product, and flow past what does not count.
     """
     out = weights @ values
-    if not _can_be_read(out) or bool(out.isfinite().all()):
+    if not _can_be_read(out) or is_finite(out):
         return out
     is_bad = ~values.isfinite()
     finite = weights @ values.masked_fill(is_bad, 0)
@@ -41,6 +41,13 @@ def mean_pool(
     weights = mask.to(torch.promote_types(x.dtype, torch.float32))
     share = weights / weights.sum(-1, keepdim=True).clamp(min=1e-9)
     return weighted_sum(share[:, None], x.to(share.dtype))[:, 0].to(x.dtype)
+
+
+def is_finite(x: Float[Tensor, "..."]) -> bool:
+    """Whether no element is NaN or inf; one pass where the sum says so already."""
+    return bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()) or bool(
+        x.isfinite().all()
+    )
 
 
 def _can_be_read(tensor: Tensor) -> bool:

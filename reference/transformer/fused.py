@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reference.attention.dot_product import Mask, scaled_dot_product_attention
+from reference.attention.weighted import is_finite
 from reference.transformer.token_ids import has_values
 
 
@@ -31,7 +32,7 @@ def fused_causal_attention(
     out = F.scaled_dot_product_attention(
         q, k, v, None if is_causal else mask, is_causal=is_causal, enable_gqa=True
     )
-    if mask is None or not has_values(out) or bool(out.isfinite().all()):
+    if mask is None or not has_values(out) or is_finite(out):
         return out
     return scaled_dot_product_attention(q, k, v, mask)
 

@@ -55,9 +55,9 @@ def filter_logits(
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        # In float64: over a large vocabulary a sum in float32 passes 1 before its end.
-        probabilities = ordered.softmax(-1, dtype=torch.float64)
-        before = probabilities.cumsum(-1) - probabilities
+        probabilities = ordered.softmax(-1, dtype=torch.float32)
+        # Over a large vocabulary a sum in float32 passes 1 before its end.
+        before = probabilities.cumsum(-1, dtype=torch.float64).sub_(probabilities)
         is_cut = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
         logits = logits.masked_fill(is_cut, -torch.inf)
     return logits
