@@ -12,6 +12,7 @@ fused            torch's fused kernel, for `attend=`
 loss             the next token's surprise, padding left out
 flops            FLOPs a token, and what share of a machine that is
 checkpoint       folders of config.json and safetensors, as transformers reads and writes them
+shards           which tensor is in which of its files
 huggingface      the configuration in transformers' words
 tokenizer        text to ids: byte-level BPE
 optimizer        AdamW, clipping        schedule   the learning rate over a run
