@@ -24,7 +24,7 @@ help:
 	  'make lab         open the course in JupyterLab; LAB="--no-browser --port 9999"' \
 	  'make test        all checks of the course itself, as in CI' \
 	  'make model       fetch SmolLM2-135M (90 MB, once)' \
-	  'make oracles     fetch torchao (once), which some tests compare with' \
+	  'make oracles     fetch torchao, Megatron and DeepSpeed (once), which some tests compare with' \
 	  'make exercises   solutions/ -> exercises/; FORCE=1 replaces edited ones, with a backup' \
 	  'make notebooks   notebooks/src/ -> notebooks/; NB="01_normalization ..." FORCE=1' \
 	  'make slides      notebooks/ -> slides/; NB="..."' \
@@ -45,7 +45,8 @@ $(MODEL): | $(READY)
 	$(call step,Fetching SmolLM2-135M)
 	$(BIN)/python -m tools.fetch_model
 
-# A production library that only tests compare with; in .venv it would slow each import of transformers.
+# Production libraries that only tests compare with; in .venv torchao would slow each import of
+# transformers. Those of tools.fetch_oracles need not be had everywhere: tests then skip, and say so.
 $(ORACLES): | $(READY)
 	$(call step,Fetching torchao)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
@@ -53,6 +54,7 @@ $(ORACLES): | $(READY)
 
 model: $(MODEL)
 oracles: $(ORACLES)
+	-@$(BIN)/python -m tools.fetch_oracles
 
 # Without a network the course still opens; chapters that need the model then say so.
 lab: $(READY)
@@ -85,7 +87,7 @@ notebooks-check: $(READY)
 
 tests: export OMP_NUM_THREADS := 1
 tests: export HF_HUB_OFFLINE := 1
-tests: $(READY) $(MODEL) $(ORACLES)
+tests: $(READY) $(MODEL) oracles
 	$(call step,Tests)
 	$(BIN)/python -m pytest tests -q -n $(JOBS) --dist worksteal
 
