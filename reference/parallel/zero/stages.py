@@ -27,7 +27,7 @@ from reference.parallel.data_parallel import BUCKET_BYTES, check_learning, divid
 from reference.parallel.ranks import Comm
 from reference.parallel.zero.bucket import Bucket
 from reference.parallel.zero.passes import Passes
-from reference.parallel.zero.reduction import GradientReducer, clip_shards
+from reference.parallel.zero.reduction import GradientReducer, clip_shards, copies_on
 
 Named = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Named], torch.optim.Optimizer]
@@ -108,11 +108,24 @@ class Zero:
         self._passes.clear()
         self._num_started = 0
 
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Reduce, then clip by the norm of the whole gradient; that norm, the same on each rank."""
+    def clip_grad_norm(self, max_norm: float, *, tensor: Comm | None = None) -> Tensor:
+        """Reduce, then clip by the norm of the whole gradient; that norm, the same on each rank.
+
+        `tensor`: the tensor parallel ranks, where the model is divided among them as well. Stages
+        of a pipeline have a norm each: `clip_shards` takes their group.
+
+        Raises: ValueError for a divided model without `tensor`, or a norm that is not positive.
+        """
+        copies = copies_on(self.model, tensor)
         self.reduce_gradients()
-        parts = [b.gradient for b in self.buckets if b.gradient is not None]
-        return clip_shards(parts, max_norm, self.comm if self.stage > 0 else None)
+        found = [pair for bucket in self.buckets for pair in bucket.gradients()]
+        return clip_shards(
+            [part for _, part in found],
+            max_norm,
+            self.comm if self.stage > 0 else None,
+            tensor,
+            copies=[copies[parameter] for parameter, _ in found],
+        )
 
     @torch.no_grad()
     def step(self) -> None:
