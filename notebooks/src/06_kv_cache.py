@@ -1163,7 +1163,7 @@ scheduler = kv.Scheduler(cache.blocks, max_batch=2)
 try:
     kv.run([kv.Request("b", (1, 2), 3), kv.Request("c", (1,) * 40, 3, arrival=9)], scheduler, None)
 except ValueError as error:
-    print("before the first step:", error)
+    print("before the first step:", str(error).split(";")[0])
 scheduler.submit(kv.Request("d", (1, 2, 3, 4, 5), 9))
 scheduler.step(lambda step: [7])
 print("blocks free:", cache.blocks.num_free, end="")

@@ -22,7 +22,7 @@ def weighted_sum(
     Gradients are those of the product, and flow past what does not count.
     """
     out = weights @ values
-    if not _can_be_read(out) or is_finite(out):
+    if not can_be_read(out) or is_finite(out):
         return out
     is_bad = ~values.isfinite()
     finite = weights @ values.masked_fill(is_bad, 0)
@@ -50,6 +50,8 @@ def is_finite(x: Float[Tensor, "..."]) -> bool:
     )
 
 
-def _can_be_read(tensor: Tensor) -> bool:
-    """Not on the meta device, nor while being traced."""
-    return type(tensor) is Tensor and not (tensor.is_meta or torch.compiler.is_compiling())
+def can_be_read(tensor: Tensor) -> bool:
+    """Not on the meta device, nor while being traced or captured as a CUDA graph."""
+    if type(tensor) is not Tensor or tensor.is_meta or torch.compiler.is_compiling():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

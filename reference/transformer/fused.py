@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reference.attention.dot_product import Mask, scaled_dot_product_attention
-from reference.attention.weighted import is_finite
-from reference.transformer.token_ids import has_values
+from reference.attention.weighted import can_be_read, is_finite
 
 
 def fused_causal_attention(
@@ -32,7 +31,7 @@ def fused_causal_attention(
     out = F.scaled_dot_product_attention(
         q, k, v, None if is_causal else mask, is_causal=is_causal, enable_gqa=True
     )
-    if mask is None or not has_values(out) or is_finite(out):
+    if mask is None or not can_be_read(out) or is_finite(out):
         return out
     return scaled_dot_product_attention(q, k, v, mask)
 
@@ -41,4 +40,4 @@ def _is_causal(mask: Tensor, num_queries: int) -> bool:
     """Whether a mask is `causal_mask(T)`; one whose values cannot be looked at is not taken so."""
     if mask.shape != (num_queries, num_queries) or mask.dtype != torch.bool:
         return False
-    return has_values(mask) and torch.equal(mask, torch.ones_like(mask).tril_())
+    return can_be_read(mask) and torch.equal(mask, torch.ones_like(mask).tril_())

@@ -27,9 +27,9 @@ from reference.transformer.tokenizer.learning import Pair, learn, merge
 from reference.transformer.tokenizer.vocabulary import (
     ALPHABET,
     END,
-    check_pieces,
     check_special_tokens,
     known_pair,
+    number,
 )
 
 # Words whose ids are remembered; then the memory is emptied. Long words rarely come again.
@@ -75,7 +75,7 @@ class Tokenizer:
     ) -> None:
         self.pieces, self.merges, self.special_ids = pieces, merges, special_ids
         self.special_tokens = tuple(special_ids)
-        self.byte_ids = {byte: known[bytes([byte])] for byte in ALPHABET}
+        self.byte_ids = {byte: known[bytes([byte])] for byte in ALPHABET if bytes([byte]) in known}
         self.ranks: dict[Pair, tuple[int, int]] = {
             (left, right): (rank, known[pieces[left] + pieces[right]])
             for rank, (left, right) in enumerate(merges)
@@ -105,21 +105,10 @@ class Tokenizer:
         text into words, one after the other; with `ignore_merges` a word that is in the vocabulary
         is one token whatever the merges say (Llama 3).
 
-        Raises: ValueError for ids with gaps, a byte that has no id, two ids of one piece, merges of
-        or into pieces that are not there; as the constructor for special tokens.
+        Raises: ValueError for ids with gaps, a letter that has no id, two ids of one piece, merges
+        of or into pieces that are not there; as the constructor for special tokens.
         """
-        check_special_tokens(special_tokens)
-        special = {s.encode() for s in special_tokens}
-        pieces = [vocabulary[i] for i in range(len(vocabulary)) if i in vocabulary]
-        if len(pieces) != len(vocabulary):
-            raise ValueError(
-                f"vocabulary: expected ids from 0 to {len(vocabulary) - 1} without a gap, got "
-                f"{len(vocabulary)} of them up to {max(vocabulary)}"
-            )
-        pieces += [s.encode() for s in special_tokens if s.encode() not in pieces]
-        known = {piece: i for i, piece in enumerate(pieces) if piece not in special}
-        special_ids = {s: pieces.index(s.encode()) for s in special_tokens}
-        check_pieces(pieces, known, special)
+        pieces, known, special_ids = number(vocabulary, special_tokens)
         pairs = [known_pair(known, left, right) for left, right in merges]
         tokenizer = cls.__new__(cls)
         tokenizer._fill(pieces, known, pairs, special_ids)
@@ -166,7 +155,8 @@ class Tokenizer:
         those disallowed, and not allowed, are refused: what users write should not become
         special, nor be taken for it later. tiktoken disallows all by default.
 
-        Raises: TypeError for anything but a string; ValueError for a disallowed token in the text.
+        Raises: TypeError for anything but a string; ValueError for a disallowed token in the text,
+        or a byte that a given vocabulary does not have.
         """
         if not isinstance(text, str):
             raise TypeError(f"text: expected a string, got {type(text).__name__}")
@@ -228,6 +218,12 @@ class Tokenizer:
     def _merge_word(self, word: bytes) -> list[int]:
         if word in self.whole_words:
             return [self.whole_words[word]]
+        missing = [byte for byte in word if byte not in self.byte_ids]
+        if missing:
+            raise ValueError(
+                f"text: expected bytes that the vocabulary has, got {missing[0]:#04x} in {word!r}; "
+                "`tokenizers` would leave it out in silence"
+            )
         ids = [self.byte_ids[byte] for byte in word]
         while len(ids) > 1:
             ranks = [self.ranks.get(pair) for pair in zip(ids, ids[1:], strict=False)]

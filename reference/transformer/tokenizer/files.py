@@ -19,7 +19,7 @@ from reference.transformer.tokenizer.vocabulary import ALPHABET, END, PRINTABLE
 
 LETTERS = [*map(chr, PRINTABLE), *(chr(256 + i) for i in range(256 - len(PRINTABLE)))]
 BYTE_OF = dict(zip(LETTERS, ALPHABET, strict=True))
-# What changes nothing where every byte has an id of its own.
+# What changes nothing in a text whose bytes all have ids; others are refused by `encode`.
 HARMLESS = {"type", "vocab", "merges", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges"}
 
 

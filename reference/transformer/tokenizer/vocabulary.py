@@ -20,16 +20,32 @@ def check_special_tokens(special_tokens: Sequence[str]) -> None:
         raise ValueError(f"special_tokens: expected each once, got {special_tokens!r}")
 
 
-def check_pieces(pieces: list[bytes], known: dict[bytes, int], special: set[bytes]) -> None:
-    """Refuse a vocabulary in which a piece has two ids, or a byte has none."""
+def number(
+    vocabulary: Mapping[int, bytes], special_tokens: Sequence[str]
+) -> tuple[list[bytes], dict[bytes, int], dict[str, int]]:
+    """Pieces by id, ids of all that are not special, and of the special tokens.
+
+    Raises: ValueError for ids with gaps, a piece with two ids, a printable byte without one.
+    """
+    check_special_tokens(special_tokens)
+    pieces = [vocabulary[i] for i in range(len(vocabulary)) if i in vocabulary]
+    if len(pieces) != len(vocabulary):
+        raise ValueError(
+            f"vocabulary: expected ids from 0 to {len(vocabulary) - 1} without a gap, got "
+            f"{len(vocabulary)} of them up to {max(vocabulary)}"
+        )
+    special = [s.encode() for s in special_tokens]
+    pieces += [piece for piece in special if piece not in pieces]
+    known = {piece: i for i, piece in enumerate(pieces) if piece not in special}
     if len(known) + len(special) < len(pieces):
         raise ValueError("vocabulary: expected each piece once, got one that has two ids")
-    missing = [byte for byte in ALPHABET if bytes([byte]) not in known]
-    if missing:
+    missing = bytes(byte for byte in range(33, 127) if bytes([byte]) not in known)
+    if missing:  # others may be missing: SmolLM2 has no id for control bytes such as 0x04
         raise ValueError(
-            f"vocabulary: expected all 256 bytes as pieces, got none for {bytes(missing[:8])!r}; "
+            f"vocabulary: expected all printable ASCII bytes as pieces, got none for {missing!r}; "
             "it is not one of byte-level BPE"
         )
+    return pieces, known, {s: pieces.index(s.encode()) for s in special_tokens}
 
 
 def known_pair(known: Mapping[bytes, int], left: bytes, right: bytes) -> Pair:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-from reference.pretrained import corpus
+from reference.pretrained import SMOLLM2, corpus
 from reference.transformer.tokenizer import END, Tokenizer, read_gpt2_files, read_tokenizer_json
 from reference.transformer.tokenizer.cutting import GPT2, Cutter
 
@@ -87,6 +87,13 @@ def test_invariant_a_word_of_the_vocabulary_is_whole_with_ignore_merges():
     assert Tokenizer.from_vocabulary(vocabulary, []).encode("abc") == [97, 98, 99]
     whole = Tokenizer.from_vocabulary(vocabulary, [], ignore_merges=True)
     assert whole.encode("abc") == [256] and whole.encode("abcd") == [97, 98, 99, 100]
+
+
+def test_matches_the_tokenizer_of_smollm2():
+    theirs = tokenizers.Tokenizer.from_file(str(SMOLLM2 / "tokenizer.json"))
+    ours = read_tokenizer_json(SMOLLM2 / "tokenizer.json")
+    for text in (TEXT, "<|im_start|>user\nnaïve 東京 123<|im_end|>"):
+        assert ours.encode(text, allow_special="all") == theirs.encode(text).ids
 
 
 def test_matches_tokenizers_on_gpt2_files(tmp_path):
@@ -222,6 +229,15 @@ def test_invariant_ties_go_to_the_smallest_ids():
     assert pieces[257] == b"ab"
 
 
+def test_rejects_bytes_that_a_vocabulary_does_not_have():
+    """SmolLM2's has none for 0x04 and 0xf1: `tokenizers` drops them, and the text is another."""
+    vocabulary = {i: bytes([i + 33]) for i in range(200)}
+    tokenizer = Tokenizer.from_vocabulary(vocabulary, [])
+    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+    with pytest.raises(ValueError, match="expected bytes that the vocabulary has, got 0x04 in b"):
+        tokenizer.encode("a\x04b")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -235,7 +251,7 @@ def test_invariant_ties_go_to_the_smallest_ids():
         ({"model.end_of_word_suffix": "</w>"}, "model.end_of_word_suffix: expected none"),
         ({"model.merges": [["a", "zz"]]}, "merges: expected pieces of the vocabulary, got b'zz'"),
         ({"model.merges": ["a b c"]}, "merges: expected two pieces"),
-        ({"model.vocab": {"a": 0}}, "expected all 256 bytes as pieces"),
+        ({"model.vocab": {"a": 0}}, "expected all printable ASCII bytes as pieces"),
         ({"model.vocab": {"a": 0, "b": 3}}, "expected ids from 0 to 1 without a gap"),
         ({"model.vocab": {"\u2581the": 0}}, "expected pieces in GPT-2's alphabet"),
         (
