@@ -113,11 +113,11 @@ def unpack(oracle: Oracle, work: Path) -> None:
         with tarfile.open(next(work.glob("*.tar.gz"))) as archive:
             members = [m for m in archive.getmembers() if m.name.startswith(inside)]
             archive.extractall(work / "source", members, filter="data")
-        (work / "source" / inside).rename(work / "done" / oracle.package)
     except (OSError, StopIteration, tarfile.TarError) as error:
-        raise FetchError(
-            f"{oracle.folder} is not the archive that was expected: {error}"
-        ) from error
+        raise FetchError(f"{oracle.folder}: expected an archive of its source: {error}") from error
+    if not members:
+        raise FetchError(f"expected {inside} in its archive, found no such folder")
+    (work / "source" / inside).rename(work / "done" / oracle.package)
 
 
 if __name__ == "__main__":

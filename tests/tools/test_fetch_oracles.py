@@ -1,4 +1,4 @@
-"""Fetching systems to compare with: all or nothing of each, and a sentence for what cannot be had."""
+"""Fetching systems to compare with: all or nothing of each, and a sentence for what is missing."""
 
 import io
 import subprocess
@@ -52,7 +52,7 @@ def test_each_gets_a_folder_and_is_fetched_once(folder, monkeypatch, capsys):
 def test_rejects_an_archive_without_the_package(folder, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", pip_that_fetches("other"))
     assert main(["--folder", str(folder)]) == 1
-    assert "deepspeed-0.19.8: not the archive that was expected" in capsys.readouterr().err
+    assert "expected deepspeed-0.19.8/deepspeed/ in its archive" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == [MEGATRON.folder]
 
 

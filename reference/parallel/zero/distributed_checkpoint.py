@@ -214,7 +214,7 @@ def _model_shards(model: FSDP) -> dict[str, tuple[Tensor, Sequence[int] | None]]
 def _states(
     model: FSDP, optimizer: torch.optim.Optimizer | None
 ) -> dict[str, tuple[Tensor, Sequence[int] | None]]:
-    found = {}
+    found: dict[str, tuple[Tensor, Sequence[int] | None]] = {}
     for name, parameter in model.named_parameters():
         states = optimizer.state.get(parameter, {}) if optimizer else {}
         for kind, value in states.items():
@@ -225,7 +225,7 @@ def _states(
 
 
 def _whole_shape(parameter: Tensor) -> torch.Size:
-    return parameter.whole_shape  # type: ignore[attr-defined, no-any-return]
+    return parameter.whole_shape  # type: ignore[attr-defined]
 
 
 def _make_states(saved: Metadata, model: FSDP, optimizer: torch.optim.Optimizer) -> None:

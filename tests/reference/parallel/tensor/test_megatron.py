@@ -161,9 +161,7 @@ def program(comm):
         )
     for scale in (1.0, 300.0):
         found["loss", scale] = (
-            loss_of(
-                lambda z, y: vocab_parallel_cross_entropy(z, y, comm), comm, scale, torch.float32
-            ),
+            loss_of(lambda z, y: vocab_parallel_cross_entropy(z, y, comm), comm, scale),
             loss_of(megatron.vocab_parallel_cross_entropy, comm, scale),
         )
     return found
