@@ -1037,6 +1037,14 @@ def stacks_gradients(comm, gradient_of, micro_batches):
 # batch_statistics
 
 
+def _merged(comm, x):
+    """Of all ranks' rows: the mean, the sum of squares around it, and the number."""
+    mine = torch.stack([x.mean(0), ((x - x.mean(0)) ** 2).sum(0), torch.full_like(x[0], len(x))])
+    means, squares, counts = comm.all_gather(mine[None]).unbind(1)
+    mean = (means * counts).sum(0) / counts.sum(0)
+    return mean, (squares + counts * (means - mean) ** 2).sum(0), counts.sum(0)
+
+
 @misconception(
     "batch_statistics",
     "Two ranks with one row each have variances of zero, and so has your mean of them. Which "
@@ -1051,8 +1059,21 @@ def averages_means_and_variances(comm, x):
 
 @misconception(
     "batch_statistics",
+    "Your variance is E[x^2] - E[x]^2. With a mean of 1000 both are a million, where float32's "
+    "spacing is 0.06: of a variance of 0.01 nothing is left, and it may come out negative. Take "
+    "squares around a mean: each rank's own, and merge, or that of all ranks, in a second round.",
+    see=BATCH_NORM,
+)
+def subtracts_two_large_squares(comm, x):
+    sums = comm.all_reduce(torch.cat([x.sum(0), x.square().sum(0), x.new_tensor([len(x)])]))
+    mean, square = (sums[:-1] / sums[-1]).chunk(2)
+    return mean, square - mean.square()
+
+
+@misconception(
+    "batch_statistics",
     "Right means, but you average variances, weighed by rows. The variance of all rows also has "
-    "the distances between the ranks' means: sum x and x^2, and take the mean's square off.",
+    "the distances between the ranks' means: add n_r (mean_r - mean)^2 for each rank.",
     see=BATCH_NORM,
 )
 def averages_variances_by_rows(comm, x):
@@ -1064,13 +1085,13 @@ def averages_variances_by_rows(comm, x):
 
 @misconception(
     "batch_statistics",
-    "You average the ranks' E[x] and E[x^2] as if all had equally many rows. Sum rows too, and "
-    "divide by their number.",
+    "You average over ranks as if all had equally many rows. Let each rank's number of rows travel "
+    "too, weigh by it, and divide by the number of all.",
     see=BATCH_NORM,
 )
 def averages_moments(comm, x):
-    mean, square = comm.all_reduce(torch.cat([x.mean(0), x.square().mean(0)]), "mean").chunk(2)
-    return mean, square - mean.square()
+    mean = comm.all_reduce(x.mean(0), "mean")
+    return mean, comm.all_reduce((x - mean).square().mean(0), "mean")
 
 
 @misconception(
@@ -1080,10 +1101,8 @@ def averages_moments(comm, x):
     see=BATCH_NORM,
 )
 def takes_the_unbiased_variance(comm, x):
-    sums = comm.all_reduce(torch.cat([x.sum(0), x.square().sum(0), x.new_tensor([len(x)])]))
-    mean, square = (sums[:-1] / sums[-1]).chunk(2)
-    n = sums[-1]
-    return mean, (square - mean.square()) * n / (n - 1)
+    mean, squares, n = _merged(comm, x)
+    return mean, squares / (n - 1)
 
 
 @misconception(
@@ -1098,7 +1117,7 @@ def takes_its_own_rows(comm, x):
 
 @misconception(
     "batch_statistics",
-    "You return the mean of the squares: the mean's square is still in it.",
+    "You return the mean of the squares: the rows are not centred.",
     see=BATCH_NORM,
 )
 def forgets_to_centre(comm, x):
@@ -1109,31 +1128,18 @@ def forgets_to_centre(comm, x):
 
 @misconception(
     "batch_statistics",
-    "Right values by two collectives in turn: first the mean, then the squares around it. Twice "
-    "the latency, in each layer, forward; sums of x and x^2 go together.",
-    see=BATCH_NORM,
-)
-def communicates_twice(comm, x):
-    sums = comm.all_reduce(torch.cat([x.sum(0), x.new_tensor([len(x)])]))
-    mean = sums[:-1] / sums[-1]
-    return mean, comm.all_reduce((x - mean).square().sum(0)) / sums[-1]
-
-
-@misconception(
-    "batch_statistics",
     "You return standard deviations.",
     see=BATCH_NORM,
 )
 def returns_standard_deviations(comm, x):
-    sums = comm.all_reduce(torch.cat([x.sum(0), x.square().sum(0), x.new_tensor([len(x)])]))
-    mean, square = (sums[:-1] / sums[-1]).chunk(2)
-    return mean, (square - mean.square()).clamp(min=0).sqrt()
+    mean, squares, n = _merged(comm, x)
+    return mean, (squares / n).sqrt()
 
 
 @misconception(
     "batch_statistics",
     "You gather all rows. That is the whole batch on every rank, which data parallelism is there "
-    "to avoid, and it asks for equally many rows. Sums are enough.",
+    "to avoid, and it asks for equally many rows. A few numbers a channel are enough.",
     see=BATCH_NORM,
 )
 def gathers_all_rows(comm, x):
@@ -1141,21 +1147,62 @@ def gathers_all_rows(comm, x):
     return rows.mean(0), rows.var(0, unbiased=False)
 
 
+@misconception(
+    "batch_statistics",
+    "You gather all rows, filled up to equal numbers. That is the whole batch on every rank, which "
+    "data parallelism is there to avoid. A few numbers a channel are enough.",
+    see=BATCH_NORM,
+)
+def gathers_padded_rows(comm, x):
+    counts = comm.all_gather(torch.tensor([len(x)])).tolist()
+    rows = comm.all_gather(torch.cat([x, x.new_zeros(max(counts) - len(x), x.shape[1])])[None])
+    whole = torch.cat([part[:count] for part, count in zip(rows, counts, strict=True)])
+    return whole.mean(0), whole.var(0, unbiased=False)
+
+
 @alternative("batch_statistics")
-def gathers_sums(comm, x):
-    mine = torch.cat([x.new_tensor([len(x)]), x.sum(0), (x * x).sum(0)])
-    sums = comm.all_gather(mine[None]).sum(0)
-    mean, square = (sums[1:] / sums[0]).chunk(2)
-    return mean, square - mean**2
+def communicates_twice(comm, x):
+    """The mean of all rows, then the squares around it."""
+    sums = comm.all_reduce(torch.cat([x.sum(0), x.new_tensor([len(x)])]))
+    mean = sums[:-1] / sums[-1]
+    return mean, comm.all_reduce((x - mean).square().sum(0)) / sums[-1]
+
+
+@alternative("batch_statistics")
+def communicates_three_times(comm, x):
+    """The number by itself, in whole numbers."""
+    count = comm.all_reduce(torch.tensor(len(x)))
+    mean = comm.all_reduce(x.sum(0)) / count
+    return mean, comm.all_reduce(((x - mean) ** 2).sum(0)) / count
 
 
 @alternative("batch_statistics")
 def merges_variances(comm, x):
-    """Each rank's mean and squares around it, merged: stable far from zero."""
-    mine = torch.stack([x.mean(0), ((x - x.mean(0)) ** 2).sum(0), torch.full_like(x[0], len(x))])
-    means, squares, counts = comm.all_gather(mine[None]).unbind(1)
-    mean = (means * counts).sum(0) / counts.sum(0)
-    return mean, (squares + counts * (means - mean) ** 2).sum(0) / counts.sum(0)
+    """Each rank's mean and squares around it, merged: one all-gather."""
+    mean, squares, n = _merged(comm, x)
+    return mean, squares / n
+
+
+@alternative("batch_statistics")
+def merges_one_rank_after_the_other(comm, x):
+    """Chan's formula for two parts, along the ranks."""
+    mine = torch.stack([x.mean(0), x.var(0, unbiased=False), torch.full_like(x[0], len(x))])
+    mean, squares, n = torch.zeros_like(x[0]), torch.zeros_like(x[0]), 0
+    for theirs, var, count in comm.all_gather(mine[None]):
+        distance, n = theirs - mean, n + count
+        mean = mean + distance * count / n
+        squares = squares + var * count + distance**2 * (n - count) * count / n
+    return mean, squares / n
+
+
+@alternative("batch_statistics")
+def sums_around_somebodys_row(comm, x):
+    """Sums of x - s and (x - s)^2, with rank 0's first row as s: both are small."""
+    shift = comm.broadcast(x[0].clone(), src=0)
+    near = x - shift
+    sums = comm.all_reduce(torch.cat([near.sum(0), near.square().sum(0), x.new_tensor([len(x)])]))
+    mean, square = (sums[:-1] / sums[-1]).chunk(2)
+    return shift + mean, square - mean.square()
 
 
 # train_until_all_are_done

@@ -231,17 +231,22 @@ def run_accumulated_gradient(gradients_of_ranks):
 def batch_statistics(comm, x):
     """Mean and variance of each channel over the rows of all ranks, for batch normalization.
 
-    x: (B, C), this rank's rows. B may differ from rank to rank.
-    returns (mean, var), (C,) each: over all rows of all ranks; var divides by the number of rows
+    x: (B, C), this rank's rows, at least one. B may differ from rank to rank
+    returns (mean, var), (C,) each in the dtype of x: over all rows of all ranks; var divides by the
+    number of rows
 
-    One all-reduce is enough. The program that stands here gives each rank the same two vectors, and
+    Three collectives at most (one can do), and what a rank sends does not grow with its rows. Rows
+    may lie far from zero: of float32 rows with a mean of 1000 and a variance of 0.01, the variance
+    is still right to 1 %. The program that stands here gives each rank the same two vectors, and
     they are not those of the whole batch.
     """
     # BEGIN SOLUTION
-    count = x.new_tensor([len(x)])
-    sums = comm.all_reduce(torch.cat([x.sum(0), x.square().sum(0), count]))
-    total, squares = (sums[:-1] / sums[-1]).chunk(2)
-    return total, squares - total.square()
+    mean = x.mean(0)
+    mine = torch.cat([mean, (x - mean).square().sum(0), x.new_tensor([len(x)])])
+    gathered = comm.all_gather(mine[None])  # (ranks, 2 C + 1)
+    means, squares, counts = gathered.split([len(mean), len(mean), 1], 1)
+    mean = (counts * means).sum(0) / counts.sum()
+    return mean, (squares + counts * (means - mean).square()).sum(0) / counts.sum()
     # STARTER
     # | mean = comm.all_reduce(x.mean(0), "mean")
     # | var = comm.all_reduce(x.var(0, unbiased=False), "mean")
@@ -252,15 +257,16 @@ def batch_statistics(comm, x):
 def run_batch_statistics(rows_of_ranks):
     """Call batch_statistics on simulated ranks, one for each of the (B, C). Given: do not change.
 
-    returns a dict of lists, one entry a rank: means, vars, calls (of collectives)
+    returns a dict of lists, one entry a rank: means, vars, calls (of collectives), sent (bytes)
     """
 
     def program(comm):
         mean, var = batch_statistics(comm, rows_of_ranks[comm.rank].clone())
-        return mean.clone(), var.clone(), comm.traffic.total().num_calls
+        traffic = comm.traffic.total()
+        return mean.clone(), var.clone(), traffic.num_calls, traffic.wire_bytes
 
     done = run(len(rows_of_ranks), program, is_measured=False).results
-    names = ("means", "vars", "calls")
+    names = ("means", "vars", "calls", "sent")
     return {name: [result[i] for result in done] for i, name in enumerate(names)}
 
 

@@ -33,6 +33,7 @@ from figures import style
 from figures.stepper import Stepper
 from reference import attention as A
 from reference.pretrained import capture, capture_attention, load_smollm2, passage
+from reference.transformer import fused_causal_attention
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -1435,6 +1436,36 @@ alone = [next_words([p], "left")[0] for p in prompts]
 print("each alone:        ", alone)
 print("padded on the left: ", next_words(prompts, "left"))
 print("padded on the right:", next_words(prompts, "right"))
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **This went wrong in production.** A mask gives hidden values the weight 0, and $0\times$NaN is
+# NaN: padding or a cache slot that holds garbage reaches queries that must not see it (vllm #641,
+# pytorch #101967). And where a kernel takes any square mask for the causal one, a window of 4 is
+# dropped without a word (transformers #28980).
+#
+# <!-- notes: Ask what a masked value contributes: "nothing", until it is NaN. Here memory that
+# nobody has written is the fourth value. The reference computes the product, and again without the
+# values of weight 0 where it is not finite. The window is the other half: both kernels run, and
+# only a comparison tells. Two minutes. -->
+
+# %% slideshow={"slide_type": "fragment"}
+q, k, v = torch.randn(3, 1, 2, 8, 16, generator=torch.Generator().manual_seed(0))
+hidden = A.padding_mask(torch.tensor([7]), 8)
+v[:, :, 7] = torch.nan
+old = F.scaled_dot_product_attention(q, k, v, hidden)
+new = A.scaled_dot_product_attention(q, k, v, hidden)
+print(f"torch: {int(old.isnan().sum())} of {old.numel()} outputs are NaN", end="; ")
+print(
+    "ours equals attention without the slot:",
+    torch.allclose(new, A.scaled_dot_product_attention(q, k[:, :, :7], v[:, :, :7]), atol=1e-6),
+)
+window, v[:, :, 7] = A.sliding_window_mask(8, window=4), 0.0
+exact = A.scaled_dot_product_attention(q, k, v, window)
+for name, out in (
+    ("any square mask is causal", F.scaled_dot_product_attention(q, k, v, is_causal=True)),
+    ("the mask is read", fused_causal_attention(q, k, v, window)),
+):
+    print(f"window of 4, {name}: error {(out - exact).abs().max().item():.2f}")
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **A checklist**

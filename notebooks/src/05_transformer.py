@@ -795,7 +795,7 @@ cases = {
     "an id from another tokenizer": lambda: trained(torch.tensor([[5, 1024]])),
     "an empty prompt": lambda: trained(torch.zeros(1, 0, dtype=torch.long)),
     "a text beyond the context": lambda: trained(torch.zeros(1, 513, dtype=torch.long)),
-    "a temperature of 0": lambda: filter_logits(last, temperature=0.0),
+    "logits that are NaN": lambda: filter_logits(last * torch.nan),
     "heads that do not divide": lambda: LlamaConfig(
         vocab_size=8, dim=16, hidden_dim=32, num_layers=1, num_heads=3
     ),
@@ -807,6 +807,35 @@ for name, call in cases.items():
         call()
     except ValueError as error:
         print(f"{name}:\n   {str(error)[:150]}")
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **This went wrong in production.** Logits over a tiny temperature overflow, and all probabilities
+# are NaN (vllm #1623, #3063). A sum of 128,256 probabilities in float32 is 1 before its end, so
+# that `top_p=1` cuts tokens although it means "none". And text has characters that are no UTF-8
+# (tiktoken #82), or spells a special token.
+#
+# <!-- notes: Ask what top_p of 1 should do, then show how many tokens it costs: they are those of
+# the tail, which nobody misses until a likelihood is wrong. Temperature 0 means greedy, everywhere.
+# The last line is what a chat server must decide: refuse, or read it as text; never as the end. -->
+
+# %% slideshow={"slide_type": "fragment"}
+wide = 2 * torch.randn(1, 128_256, generator=torch.Generator().manual_seed(0))
+likely_first = wide.softmax(-1).sort(descending=True).values
+cut = (likely_first.cumsum(-1) - likely_first >= 1.0).sum().item()
+kept = filter_logits(wide, top_p=1.0).isfinite().sum().item()
+print(f"top_p=1: a float32 sum cuts {cut} tokens, ours {wide.numel() - kept}")
+print(
+    "temperature 1e-39: NaN by division:",
+    bool((wide / 1e-39).softmax(-1).isnan().any()),
+    "  ours is greedy:",
+    torch.equal(sample(wide, temperature=1e-39), wide.argmax(-1)),
+)
+half_a_pair = "end \ud83d"
+print("half a character:", repr(tokenizer.decode(tokenizer.encode(half_a_pair))))
+try:
+    tokenizer.encode("Goodbye.<|endoftext|>", disallow_special="all")
+except ValueError as error:
+    print(str(error)[:62])
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # What nothing can refuse: a loss without the shift, padding that is counted, a RoPE base or layout

@@ -1138,6 +1138,38 @@ except ValueError as error:
 # should be told who gets two answers at temperature 0. Shared prefixes: who would have thought that
 # a speed-up tells what others wrote? -->
 
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **This went wrong in production.** One request's NaN stayed in its blocks, and the next owner's
+# answer was NaN (vllm #641, #50283). A request that fits the context and not the cache was tried
+# again for ever, and all behind it waited (vllm #39734, #35541). A client that goes away must not
+# keep its blocks.
+#
+# <!-- notes: Ask who is to blame when your answer depends on a stranger's. A block is cleared when
+# its first slot is written, and hidden values do not enter the sum. What can never be served is
+# refused before the first step, not after the others have been answered. Three minutes. -->
+
+# %% slideshow={"slide_type": "fragment"}
+cache = kv.PagedCache(kv.BlockManager(8, 4), num_layers=course.config.num_layers,
+                      num_kv_heads=course.config.num_kv_heads,
+                      head_dim=course.config.head_dim)  # fmt: skip
+cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)  # what another request left
+weights = torch.tensor([1.0, 0.0])  # the second slot is hidden
+print("plain product with a hidden slot:", (weights @ cache.values[0, 0, :2, 0, :1]).item())
+prompt = held_out[:6]
+answers, _ = kv.serve(course, [kv.Request("a", tuple(prompt.tolist()), 8)], cache, max_batch=2)
+print("served in such memory as alone:",
+      answers["a"] == kv.generate(course, [prompt], 8)[0].tolist())  # fmt: skip
+scheduler = kv.Scheduler(cache.blocks, max_batch=2)
+try:
+    kv.run([kv.Request("b", (1, 2), 3), kv.Request("c", (1,) * 40, 3, arrival=9)], scheduler, None)
+except ValueError as error:
+    print("before the first step:", error)
+scheduler.submit(kv.Request("d", (1, 2, 3, 4, 5), 9))
+scheduler.step(lambda step: [7])
+print("blocks free:", cache.blocks.num_free, end="")
+scheduler.abort("d")
+print(", after abort:", cache.blocks.num_free)
+
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 14. Summary
 #

@@ -714,6 +714,27 @@ print("6 queries, 2 keys, rows without a key are zero:", bool((empty[:, :, :4] =
 # answer differently when its neighbours in the batch change. Who needs maps of attention pays the
 # square; chapter 04's plain form makes them. -->
 
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **This went wrong in production.** A sequence rarely fills its last block. FlashAttention-2 set
+# the values behind its end to zero; FlashAttention-3 loads the block whole, gives them $P=0$, and
+# $0\times$NaN is NaN (flash-attention #1745, #2374; vLLM's kernel before: vllm #936).
+#
+# <!-- notes: A fast way of loading that drops a line which looked superfluous. Ask why P = 0 is not
+# enough. In paged_attention the product of a tile is computed again where it is not finite, without
+# the values of weight 0. Two minutes. -->
+
+# %% slideshow={"slide_type": "fragment"}
+key_blocks, value_blocks = torch.randn(2, 2, 4, 1, 8, generator=torch.Generator().manual_seed(0))
+value_blocks[1, 2:] = torch.nan  # the sequence has 6 tokens in two blocks of 4
+query = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(1))
+k, v = (x.flatten(0, 1).transpose(0, 1)[None] for x in (key_blocks, value_blocks))
+scores = (query @ k.mT / math.sqrt(8)).masked_fill(torch.arange(8) >= 6, -torch.inf)
+print("whole block, P = 0 behind the end:", (scores.softmax(-1) @ v)[0, 0, 0, :3].tolist())
+ours = fa.paged_attention(query, key_blocks, value_blocks, torch.tensor([[0, 1]]),
+                          torch.tensor([6]))  # fmt: skip
+exact = scaled_dot_product_attention(query, k[:, :, :6], v[:, :, :6])
+print("ours equals attention to the 6 tokens:", torch.allclose(ours, exact, atol=1e-6))
+
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 15. Summary
 #

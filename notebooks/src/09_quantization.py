@@ -36,7 +36,7 @@ from autograder.notebook import check
 from figures import style
 from figures.stepper import Stepper
 from reference import quantization as Q
-from reference.kv_cache import DynamicCache, Int8Cache
+from reference.kv_cache import DynamicCache, Int8Cache, dequantize, quantize_rows
 from reference.lora import LoRAConfig, LoRALinear, add_adapter
 from reference.pretrained import capture, corpus, load_smollm2, passage
 from reference.transformer import PRESETS, fused_causal_attention, llama_parameters, next_token_loss
@@ -1288,6 +1288,31 @@ for bad in (
         bad()
     except (TypeError, ValueError) as error:
         print(f"{type(error).__name__}: {error}")
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **This went wrong in production.** Blocks of very small weights: the inverse of their scale is not
+# a number any more, and a guard of `max(scale, tiny)` quietly maps them to wrong levels (llama.cpp
+# #7313; auto-round #622: a scale of 1e-40). And an int8 code cannot say NaN: a cache with one comes
+# back as an ordinary number, and nobody looks for it.
+#
+# <!-- notes: Ask for the smallest normal float32, 1.2e-38, and for the inverse of 1e-39: beyond the
+# largest. A guard hides the division and not the error. Such weights exist: layers that training
+# has switched off. NaN kept is a kindness: it tells. -->
+
+# %% slideshow={"slide_type": "fragment"}
+for largest in (1e-37, 1e-39, 1e-42):
+    block = torch.linspace(-1, 1, 64) * largest
+    guarded = block / block.abs().max().clamp(min=1e-38)
+    levels = Q.normal_float_levels()
+    old = levels[Q.nearest_level(guarded, levels).int()] * block.abs().max()
+    errors = [((x - block).abs().max() / block.abs().max()).item()
+              for x in (old, Q.four_bit_round(block))]  # fmt: skip
+    print(f"block of {largest:.0e}: error with a guard {errors[0]:.2f}, ours {errors[1]:.2f}")
+row = torch.tensor([[0.3, torch.nan, 0.7, -0.4]])
+largest = row.abs().amax(-1, keepdim=True)
+scale = torch.where(largest > 0, largest / 127, 1.0)  # NaN > 0 is False
+print("int8 by that rule:", ((row / scale).round().nan_to_num() * scale).tolist(),
+      " ours:", dequantize(*quantize_rows(row)).tolist())  # fmt: skip
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **A checklist**

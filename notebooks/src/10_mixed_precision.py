@@ -858,6 +858,30 @@ resumed = mp.LossScaler()
 resumed.load_state_dict(scaler.state_dict())
 print("saved and resumed:", resumed.state == scaler.state, " scale", int(resumed.state.scale))
 
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **This went wrong in production.** A loss that is NaN halves the scale at each step, until it is 0
+# and the run dies of a division, a thousand steps after its cause (FactSeg #6; Paddle #67895: the
+# scale at zero, and the gradients still NaN).
+#
+# <!-- notes: Ask where the error shows: in the scaler, which is the last to blame. Ours stops at
+# the smallest scale whose inverse float32 holds. A scale at its floor says: look at the loss.
+# DeepSpeed has min_scale=1 and ends the run there. One minute. -->
+
+# %% slideshow={"slide_type": "fragment"}
+scale, steps = 65536.0, 0
+try:
+    while True:
+        inverse = 1.0 / scale  # to unscale by
+        scale, steps = scale / 2, steps + 1
+except ZeroDivisionError as error:
+    print(f"halved at every step: {error}, after {steps} steps")
+scaler = mp.LossScaler()
+for _ in range(2000):
+    weight.grad = torch.tensor([torch.nan])
+    scaler.step(optimizer)
+    scaler.update()
+print("ours after 2000 steps: 2 **", int(math.log2(scaler.state.scale)))
+
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 15. Summary
 #

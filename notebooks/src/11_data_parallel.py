@@ -706,7 +706,7 @@ print(run(2, branch, True).results[0])
 #
 # <!-- notes: Send them back to chapter 01: two numbers, centred and scaled, are +1 and -1, whatever
 # they were. So the guess of a few per cent is far off: 88.6 % at two rows, and still 31.8 % at
-# eight. SyncBatchNorm is 0.0 % everywhere, for one more all-reduce each way. Ask why nobody with a
+# eight. SyncBatchNorm is 0.0 % everywhere, for one message each way. Ask why nobody with a
 # transformer has met this. Six minutes; `batch_statistics` is for home. -->
 
 
@@ -735,9 +735,39 @@ print("(error of the normalized output, beside one rank with all 16 rows)")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # With two rows on a rank, BatchNorm is another function: outputs are near 1 and -1 whatever comes
-# in. SyncBatchNorm sums $x$, $x^2$ and the number of rows over ranks, one all-reduce forward and
-# one backward.
+# in. SyncBatchNorm gathers each rank's mean, squares around it, and number of rows, and merges
+# them: one message forward, one backward.
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **This went wrong in production.** Sums of $x$ and $x^2$ would travel as well, and their variance
+# is $E[x^2] - E[x]^2$: two large numbers, far from zero, of whose difference nothing is right.
+# tt-metal's batch norm gave NaN (tt-metal #45968); XLA's had the same formula (tensorflow #25115).
 #
+# <!-- notes: At a mean of 1000 both are a million, and float32's spacing there is 0.06: ask what
+# can be left of a variance of 0.01. The merged form adds squares of small distances alone. Two
+# minutes. In the exercise the one-pass answer is refused by name; two rounds are fine. -->
+
+
+# %% slideshow={"slide_type": "fragment"}
+def variances(comm, mean):
+    x = mean + 0.1 * features[:, 0].chunk(comm.size)[comm.rank]
+    sums = comm.all_reduce(torch.stack([x.sum(0), x.square().sum(0)])) / len(features)
+    layer = SyncBatchNorm(nn.BatchNorm1d(50, momentum=1), comm)
+    layer(x)
+    return sums[1] - sums[0].square(), layer.running_var * 15 / 16
+
+
+rows = [("mean", "from two sums", "merged")]
+for mean in (0, 10, 1000):
+    exact = (mean + 0.1 * features[:, 0]).double().var(0, unbiased=False)
+    errors = [
+        ((var - exact).norm() / exact.norm()).item() for var in run(4, variances, mean).results[0]
+    ]
+    rows.append((mean, *(f"{100 * e:.0f} %" if e < 1 else "over 100 %" for e in errors)))
+table(*rows)
+print("(error of the variance of 16 rows on 4 ranks)")
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
 # **Exercise.** `batch_statistics`
 
 # %% [markdown] slideshow={"slide_type": "skip"}

@@ -31,15 +31,18 @@ from autograder.notebook import check
 from figures import style
 from figures.tables import table
 from figures.timeline import timeline
+from reference.lora import LoRAConfig, add_adapter, lora_layers, trainable_parameters
 from reference.parallel.ranks import CLASSROOM, DGX_H100, run
 from reference.parallel.tensor import (
     ColumnParallelLinear,
     Einsum,
     GPTLayer,
+    ParallelAdapter,
     ParallelGPTLayer,
     RandomStreams,
     RowParallelLinear,
     block_of,
+    clip_grad_norm,
     dropout,
     gathered_linear,
     layer_activation_bytes,
@@ -652,8 +655,8 @@ for title, annotations in (
 # ours. Then the whole Llama on four simulated ranks beside one.
 #
 # <!-- notes: For reading. In class one sentence: bit for bit beside DTensor, since a sum of two
-# numbers has one order; 5e-07 on four ranks, since there the order differs. Ask why the second is
-# not zero. -->
+# numbers has one order; some 1e-07 on four ranks, since there the order differs. Ask why the second
+# is not zero. -->
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -695,9 +698,8 @@ for sp in (False, True):
     errors = [
         ((ours[n] - p.grad).norm() / p.grad.norm()).item() for n, p in whole.named_parameters()
     ]
-    print(
-        f"largest relative error of a gradient on 4 ranks{', by positions' * sp}: {max(errors):.0e}"
-    )
+    print(f"relative errors of gradients on 4 ranks{', by positions' * sp}, below 1e-6:",
+          max(errors) < 1e-6)  # fmt: skip
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 13. Published figures, recomputed
@@ -758,7 +760,8 @@ table(
 #   too small, and a norm behind it hides that.
 # - **Copies drift** where a copied weight sees other inputs on each rank: norms on positions,
 #   shared key/value heads. Their gradients must be summed.
-# - **Clipping** must count a divided parameter's parts from all ranks, and a copied one once.
+# - **Clipping** must count a divided parameter's parts from all ranks, and a copied one once:
+#   `clip_grad_norm`.
 # - **Vocabularies that do not divide** are padded:
 #
 # <!-- notes: Three minutes, as a game: for each line, does the loss show it? With the bias and the
@@ -771,6 +774,64 @@ try:
     run(3, lambda comm: parallelize(new_model(), comm))
 except ValueError as error:
     print(str(error).split("\n")[0])
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **This went wrong in production.** A frozen model with LoRA on $W_Q$ and $W_O$, on four ranks.
+# Each adapter has one factor that is divided with its matrix, and one that all ranks hold.
+#
+# **Question.** Once divided: what learns? Whose gradients are summed? By which norm do we clip?
+#
+# <!-- notes: Three minutes. Draw W_Q cut by outputs, and B A beside it: B is cut with it, A stays.
+# Each rank's B sees all of A x, so A's gradient comes in four summands; it is f once more. Ask the
+# same of W_O: there B is the whole one. -->
+
+
+# %% slideshow={"slide_type": "skip"}
+def fine_tune(comm, fault):
+    """Three steps: whether a frozen matrix learns, how far apart copies of A are, first norm."""
+    config = LoRAConfig(rank=4, alpha=8, targets=("q_proj", "o_proj"))
+    model = add_adapter(new_model(), config)
+    for layer in lora_layers(model):
+        torch.nn.init.normal_(layer.adapter("default").b, std=0.02)
+    part = parallelize(model, comm, sequence_parallel=True)
+    frozen = part.layers[0].mlp.up_proj.weight
+    if fault == "a new nn.Parameter":
+        frozen = nn.Parameter(frozen.detach())
+    if fault == "nobody sums":
+        for m in part.modules():
+            if isinstance(m, ParallelAdapter):
+                m.factors = lambda m=m: (m.a, m.b)
+    learning, norms = trainable_parameters(part), []
+    optimizer = torch.optim.AdamW(learning, lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        vocab_parallel_cross_entropy(part(inputs), targets, comm).mean().backward()
+        own = torch.stack([p.grad.square().sum() for p in learning]).sum()
+        norm = clip_grad_norm(part, 1e9, comm)
+        norms.append(comm.all_reduce(own).sqrt() if fault == "all count everywhere" else norm)
+        optimizer.step()
+    a = part.layers[0].self_attn.q_proj.adapter("default").a.detach()
+    apart = (a - comm.broadcast(a.clone(), src=0)).abs().max()
+    return frozen.requires_grad, comm.all_reduce(apart, "max").item(), norms[0].item()
+
+
+# %% slideshow={"slide_type": "fragment"}
+rows = [("", "frozen matrix learns", "copies of A apart", "norm of the gradient")]
+for n, fault in ((1, "one rank"), (4, "here, 4 ranks"), (4, "a new nn.Parameter"),
+                 (4, "nobody sums"), (4, "all count everywhere")):  # fmt: skip
+    learns, apart, norm = run(n, fine_tune, fault, is_measured=False).results[0]
+    rows.append((fault, str(learns), f"{apart:.3f}", f"{norm:.4f}"))
+table(*rows)
+
+# %% [markdown] slideshow={"slide_type": "fragment"}
+# One kind of fault: a part forgot what the whole knew. A new `nn.Parameter` learns by default
+# (pytorch 171523; torchtitan 4267, with LoRA). Nobody summed the whole factor's gradient, and rank
+# 0's copy was saved (modelscope/mcore-bridge 173). What all ranks hold counted once for each
+# (ROCm/TransformerEngine 715: a norm 1.5 times too large). Here each module says how its parameters
+# are cut, and summing, clipping and gathering read it there.
+#
+# <!-- notes: None of these rows raises an error. Ask for each of them who would have noticed, and
+# how: by comparing with one rank, in gradients and norms and not in the loss alone. -->
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 15. Summary

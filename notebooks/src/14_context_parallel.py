@@ -834,6 +834,29 @@ try:
 except ValueError as error:
     print(str(error).split("\n")[0])
 
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **This went wrong in production.** An option that one path takes and ignores: attention with the
+# wrong mask or with a part of the keys, and no error (sglang #33353 makes three such paths refuse;
+# long-context-attention #53 asks whether zigzag is honoured). Our Ulysses once took `zigzag` parts
+# for parts in order. A causal mask needs the order of the text: honour the option, or refuse.
+#
+# <!-- notes: Ask why without a mask nothing would be wrong: attention does not care for the order
+# of keys. Then how one would find it: by comparing each path with one rank, in each layout, which
+# is a test of four lines. One minute. -->
+
+
+# %% slideshow={"slide_type": "fragment"}
+def zigzag_parts(comm, layout):
+    place = positions("zigzag", LENGTH, comm.rank, comm.size)
+    mine = [x[:, :, place].contiguous() for x in qkv]
+    ours = ulysses_attention(*mine, comm, Kernel(layout=layout))
+    return (ours - F.scaled_dot_product_attention(*qkv, is_causal=True)[:, :, place]).abs().max()
+
+
+for name, layout in (("taken as in order", "contiguous"), ("taken as zigzag", "zigzag")):
+    error = max(run(4, zigzag_parts, layout, is_measured=False).results)
+    print(f"zigzag parts, {name}: largest error {error:.3f}")
+
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 13. Summary
 #

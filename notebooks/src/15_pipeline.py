@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from autograder.notebook import check
 from figures import style
@@ -139,6 +140,11 @@ def new_model():
     return Llama(CONFIG)
 
 
+def losses_of(logits, wanted):
+    """One for each token; their mean over all micro-batches is the pipeline's."""
+    return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+
+
 def loss_of(logits, wanted):
     return F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
 
@@ -146,7 +152,7 @@ def loss_of(logits, wanted):
 def pipelined(comm, make, num_micro=4):
     schedule = make(comm.size, num_micro)
     stages = split_llama(new_model(), comm.rank, comm.size, num_chunks=schedule.num_chunks)
-    loss = Pipeline(comm, stages, schedule, loss_of).step(inputs, targets)
+    loss = Pipeline(comm, stages, schedule, losses_of).step(inputs, targets)
     sent = comm.traffic.total().wire_bytes
     grads = {n.removeprefix("model."): p.grad for s in stages for n, p in s.named_parameters()}
     return loss, grads, sent
@@ -256,7 +262,7 @@ def peak_activations(comm, make, num_micro):
     comm.memory.label([p for s in stages for p in s.parameters()], "parameters")
     comm.memory.reset_peak()
     repeated = inputs[:2].repeat(num_micro, 1), targets[:2].repeat(num_micro, 1)
-    Pipeline(comm, stages, schedule, loss_of).step(*repeated)
+    Pipeline(comm, stages, schedule, losses_of).step(*repeated)
     return comm.memory.use.peak["activations"] / 1e6
 
 
@@ -388,6 +394,26 @@ kept = gradient(layer)
 for name, act in (("with the mask", lambda x: recompute(layer, x)), ("another mask", careless)):
     error = ((gradient(act) - kept).norm() / kept.norm()).item()
     print(f"{name}: relative error of the gradient {error:.2f}")
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **This went wrong in production.** Whatever the function writes, it writes twice: the running
+# statistics of a batch norm move two steps for each batch, while loss and gradient are right
+# (pytorch #96136). Ours gives the second run copies to write to.
+#
+# <!-- notes: Ask who would notice: nobody before evaluation, where the running statistics are used.
+# Then for other things that a function may write: a counter, a cache, an expert's load. One minute;
+# a way out without copies is a momentum of 1 - sqrt(1 - momentum). -->
+
+
+# %% slideshow={"slide_type": "fragment"}
+def outside(function, x):
+    return checkpoint(function, x, use_reentrant=False)
+
+
+for name, act in (("torch.utils.checkpoint", outside), ("recompute", recompute)):
+    norm = nn.BatchNorm1d(8)
+    act(norm, x).sum().backward()
+    print(f"{name}: one batch, counted {int(norm.num_batches_tracked)} times")
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # **Exercise.** `recomputed_gradient`: a program that trains, somewhat worse.
@@ -536,7 +562,7 @@ def on_the_clock(comm, schedule, width=8192):
         for _ in range(schedule.num_chunks)
     ]
     x = torch.empty(schedule.num_micro * 1024, width, requires_grad=True)
-    square = lambda y, t: (y - t).square().mean()  # noqa: E731
+    square = lambda y, t: (y - t).square()  # noqa: E731
     Pipeline(comm, stages, schedule, square, like=torch.empty_like).step(x, x.detach())
 
 
@@ -578,7 +604,7 @@ def megatron(comm):
     stages = split_llama(model, mesh.pp.rank, 2, recompute="selective")
     rows_ = torch.zeros(8, 2048, dtype=torch.long)
     comm.memory.reset_peak()
-    loss = lambda y, t: vocab_parallel_cross_entropy(y, t, mesh.tp).mean()  # noqa: E731
+    loss = lambda y, t: vocab_parallel_cross_entropy(y, t, mesh.tp)  # noqa: E731
     Pipeline(mesh.pp, stages, one_f_one_b(2, 8), loss).step(rows_, rows_)
 
 
@@ -1032,6 +1058,33 @@ try:
     run(2, pipelined, gpipe, 3)
 except ValueError as error:
     print(str(error).split("\n")[0])
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **This went wrong in production.** A mean of micro-batches' means: where texts count different
+# numbers of tokens, those of short ones weigh more (transformers #34191; torchtitan #2206, with
+# pipelines and ranks). Count the tokens of the whole step first; each part gives its share.
+#
+# <!-- notes: Let them compute by hand: two micro-batches, one token with loss 4, three with loss 2.
+# 3 or 2.5? Then where else in this course a mean of means is hidden: ranks of DDP, parts of a text
+# in chapter 14, accumulation. Users saw a loss that rose with the number of micro-batches. -->
+
+# %% slideshow={"slide_type": "fragment"}
+unequal = targets.clone()
+for row in range(8):
+    unequal[row, : 4 * row] = -100  # 32 - 4 row tokens of a row count
+
+
+def counted(comm):
+    stages = split_llama(new_model(), comm.rank, comm.size)
+    return Pipeline(comm, stages, gpipe(comm.size, 4), losses_of).step(inputs, unequal)
+
+
+with torch.no_grad():
+    logits = new_model()(inputs)
+means = [loss_of(*part) for part in zip(logits.chunk(4), unequal.chunk(4), strict=True)]
+print(f"all tokens together {loss_of(logits, unequal):.3f}")
+print(f"mean of four means  {sum(means) / 4:.3f}")
+print(f"our pipeline        {run(2, counted).results[1]:.3f}")
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 16. Summary

@@ -2,6 +2,7 @@
 
 masks        who may look at whom, and how conditions combine
 dot_product  softmax(q k^T / sqrt(d)) v, with few key/value heads shared by many query heads
+weighted     sums that what lies behind a mask cannot reach
 backward     its gradient, derived by hand
 layer        the projections around it, as modules that take their cache and kernel as arguments
 cost         bytes of a KV cache, FLOPs and reads
@@ -22,6 +23,7 @@ from reference.attention.dot_product import (
     masked_softmax,
     repeat_kv,
     scaled_dot_product_attention,
+    single_head_attention,
 )
 from reference.attention.layer import Attention, FusedAttention, KVCache, merge_heads, split_heads
 from reference.attention.masks import (
@@ -31,6 +33,7 @@ from reference.attention.masks import (
     padding_mask,
     sliding_window_mask,
 )
+from reference.attention.weighted import mean_pool, weighted_sum
 
 __all__ = [
     "Attention",
@@ -49,12 +52,15 @@ __all__ = [
     "grouped_query_attention",
     "kv_cache_bytes",
     "masked_softmax",
+    "mean_pool",
     "merge_heads",
     "padding_mask",
     "projection_flops",
     "repeat_kv",
     "scaled_dot_product_attention",
+    "single_head_attention",
     "sliding_window_mask",
     "softmax_backward",
     "split_heads",
+    "weighted_sum",
 ]

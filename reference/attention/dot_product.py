@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from reference.attention.weighted import weighted_sum
+
 # True (or 0) where a query sees a key; broadcasts to (B, H, T, S).
 Mask = Bool[Tensor, "..."] | Float[Tensor, "..."]
 
@@ -33,9 +35,10 @@ def scaled_dot_product_attention(
     """Average `v` by the softmax of the scaled products of `q` and `k`.
 
     Key/value heads are repeated for the query heads that share them. A query that sees no key gets
-    zeros. Products and result in the dtype of `q` (under autocast in autocast's, as torch's own);
-    the softmax in float32 at least. In float16 the product overflows at 65504 before it is scaled:
-    for inputs so large pass `q * s` and `scale=1`.
+    zeros, and what it does not see does not reach it, be it NaN. Products and result in the dtype
+    of `q` (under autocast in autocast's, as torch's own); the softmax in float32 at least. In
+    float16 the product overflows at 65504 before it is scaled: for inputs so large pass `q * s` and
+    `scale=1`.
 
     Raises: ValueError for shapes that do not fit, TypeError for unequal or integer dtypes.
     Source: arXiv 1706.03762, eq. 1.
@@ -43,7 +46,35 @@ def scaled_dot_product_attention(
     weights = attention_weights(q, k, mask, scale=scale)
     check_values(k, v)
     weights = dropout(weights, dropout_rate, generator)
-    return weights @ repeat_kv(v, q.shape[1] // v.shape[1])
+    return weighted_sum(weights, repeat_kv(v, q.shape[1] // v.shape[1]))
+
+
+def single_head_attention(
+    q: Float[Tensor, "*B T d"],
+    k: Float[Tensor, "*B S d"],
+    v: Float[Tensor, "*B S dv"],
+    mask: Mask | None = None,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "*B T dv"]:
+    """The same without a dimension for heads: any dimensions, or none, before length and width.
+
+    The mask broadcasts to (*B, T, S).
+
+    Raises: as `scaled_dot_product_attention`.
+    Source: arXiv 1706.03762, eq. 1.
+    """
+    if q.ndim < 2 or q.shape[:-2] != k.shape[:-2]:
+        raise ValueError(
+            f"q, k: expected (..., length, width) alike in front, got {tuple(q.shape)} and "
+            f"{tuple(k.shape)}"
+        )
+    batch = q.shape[:-2]
+    if mask is not None and mask.ndim > 2:
+        mask = mask.expand(*batch, *mask.shape[-2:]).flatten(0, -3)[:, None]
+    q, k, v = (x.reshape(-1, 1, *x.shape[-2:]) for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    return out.view(*batch, *out.shape[-2:])
 
 
 def grouped_query_attention(
@@ -70,8 +101,9 @@ def grouped_query_attention(
     groups = (num_kv_heads, num_heads // num_kv_heads)
     scores = torch.einsum("bkgtd,bksd->bkgts", q.unflatten(1, groups), k) * scale
     weights = masked_softmax(scores.flatten(1, 2), mask)  # (B, H, T, S)
-    weights = dropout(weights, dropout_rate, generator)
-    return torch.einsum("bkgts,bksd->bkgtd", weights.unflatten(1, groups), v).flatten(1, 2)
+    weights = dropout(weights, dropout_rate, generator).unflatten(1, groups)
+    rows = weighted_sum(weights.flatten(2, 3), v)  # (B, K, G * T, dv)
+    return rows.unflatten(2, weights.shape[2:4]).flatten(1, 2)
 
 
 def attention_weights(
@@ -102,11 +134,12 @@ def masked_softmax(
         return wide.softmax(-1).to(scores.dtype)
     is_seen = mask if mask.dtype == torch.bool else mask != -torch.inf
     is_empty = ~is_seen.any(-1, keepdim=True)
-    # An empty row sees everything for a moment: softmax of -inf alone is NaN, in backward as well.
-    if mask.dtype == torch.bool:
-        wide = wide.masked_fill(~(mask | is_empty), -torch.inf)
-    else:
-        wide = wide + mask.masked_fill(is_empty, 0)
+    if mask.dtype != torch.bool:
+        wide = wide + mask
+    # An empty row is all zeros for a moment: softmax of -inf alone is NaN, in backward as well.
+    # Hidden scores are replaced and not added to, since NaN - inf is NaN.
+    hidden = wide.new_zeros(is_empty.shape).masked_fill(~is_empty, -torch.inf)
+    wide = torch.where(is_seen, wide, hidden)
     return wide.softmax(-1).masked_fill(is_empty, 0).to(scores.dtype)
 
 

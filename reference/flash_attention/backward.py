@@ -121,7 +121,7 @@ def flash_attention_backward(
         row_lse = fold(shift(lse[:, :, queries])[..., None], num_kv_heads)
         dq_tile = torch.zeros_like(tile)
         for keys in tiling.key_blocks(queries):
-            key, value = k[:, :, keys].to(wide), v[:, :, keys].to(wide)
+            key, value = (finite(x[:, :, keys].to(wide)) for x in (k, v))
             p = tile_scores(tile, k, mask, tiling, queries, keys).sub_(row_lse).exp_()
             dv[:, :, keys] += p.mT @ do
             ds = (do @ value.mT).sub_(d).mul_(p)
@@ -129,3 +129,8 @@ def flash_attention_backward(
             dk[:, :, keys] += ds.mT @ tile
         dq[:, :, queries] = unfold(dq_tile * scale, groups).to(dq.dtype)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def finite(x: Tensor) -> Tensor:
+    """NaN and inf as zeros: hidden, they count nothing; seen, they show in P or D all the same."""
+    return x.nan_to_num(0.0, 0.0, 0.0)

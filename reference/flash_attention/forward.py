@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reference.attention.dot_product import Mask
+from reference.attention.weighted import weighted_sum
 from reference.flash_attention.softmax import check_block_size, normalize, rescale, shift
 
 
@@ -84,7 +85,8 @@ def flash_attention_forward(
     """Output in the dtype of q, and log-sum-exp of the scores in float32 (float64 for float64).
 
     Half-precision tiles are widened one by one; sums are kept wide. A query that sees no key gets
-    zeros and lse = -inf. Block sizes need not divide the lengths.
+    zeros and lse = -inf, and what it does not see does not reach it, be it NaN. Block sizes need
+    not divide the lengths.
 
     Raises: ValueError for shapes or block sizes that do not fit, TypeError for unequal dtypes.
     """
@@ -116,7 +118,7 @@ def _one_query_block(
         factor = rescale(m, new_m)
         terms = scores.sub_(shift(new_m)[..., None]).exp_()
         total.mul_(factor).add_(terms.sum(-1))
-        out.mul_(factor[..., None]).add_(terms @ v[:, :, keys].to(q.dtype))
+        out.mul_(factor[..., None]).add_(weighted_sum(terms, v[:, :, keys].to(q.dtype)))
         m = new_m
     out, lse = normalize(out, m, total)
     return unfold(out, groups), unfold(lse[..., None], groups)[..., 0]
@@ -136,7 +138,9 @@ def tile_scores(
         tile.masked_fill_(hidden, -torch.inf)
     if mask is not None:
         part = mask_tile(mask, queries, keys)
-        tile = tile.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else tile.add_(part)
+        is_seen = part if part.dtype == torch.bool else part != -torch.inf
+        tile = tile if part.dtype == torch.bool else tile.add_(part)
+        tile.masked_fill_(~is_seen, -torch.inf)  # also where a hidden key made it NaN
     return scores
 
 

@@ -18,28 +18,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reference.attention.weighted import weighted_sum
 
-def naive_softmax(x: Float[Tensor, "... N"]) -> Float[Tensor, "... N"]:
+
+def naive_softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
     """exp(x) / sum(exp(x)), in the dtype of x: infinite beyond 88 in float32, 11 in float16."""
     terms = x.exp()
-    return terms / terms.sum(-1, keepdim=True)
+    return terms / terms.sum(dim, keepdim=True)
 
 
-def safe_softmax(x: Float[Tensor, "... N"]) -> Float[Tensor, "... N"]:
+def safe_softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
     """The same with the maximum subtracted: three passes, to find it, to sum, to divide."""
-    terms = (x - x.amax(-1, keepdim=True)).exp()
-    return terms / terms.sum(-1, keepdim=True)
+    terms = (x - x.amax(dim, keepdim=True)).exp()
+    return terms / terms.sum(dim, keepdim=True)
 
 
 def online_normalizer(
-    x: Float[Tensor, "... N"], *, block_size: int = 1
+    x: Float[Tensor, "..."], *, block_size: int = 1, dim: int = -1
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """Maximum m and sum l of exp(x - m), both in one pass over blocks of x.
+    """Maximum m and sum l of exp(x - m), both in one pass over blocks of x along `dim`.
 
     Raises: ValueError for a block size below 1.
     Source: arXiv 1805.02867, alg. 3.
     """
     check_block_size("block_size", block_size)
+    x = x.movedim(dim, -1)
     m = x.new_full(x.shape[:-1], -torch.inf)
     total = x.new_zeros(x.shape[:-1])
     for block in x.split(block_size, -1):
@@ -49,14 +52,16 @@ def online_normalizer(
     return m, total
 
 
-def online_softmax(x: Float[Tensor, "... N"], *, block_size: int = 1) -> Float[Tensor, "... N"]:
+def online_softmax(
+    x: Float[Tensor, "..."], *, block_size: int = 1, dim: int = -1
+) -> Float[Tensor, "..."]:
     """Softmax in two passes: one for maximum and sum together, one to divide.
 
     Raises: ValueError for a block size below 1.
     Source: arXiv 1805.02867, alg. 3.
     """
-    m, total = online_normalizer(x, block_size=block_size)
-    return (x - m[..., None]).exp() / total[..., None]
+    m, total = online_normalizer(x, block_size=block_size, dim=dim)
+    return (x - m.unsqueeze(dim)).exp() / total.unsqueeze(dim)
 
 
 def online_weighted_sum(
@@ -79,7 +84,7 @@ def online_weighted_sum(
         factor = rescale(m, new_m)
         terms = (block - shift(new_m)[..., None]).exp()
         total = total * factor + terms.sum(-1)
-        out = out * factor[..., None] + terms @ value
+        out = out * factor[..., None] + weighted_sum(terms, value)
         m = new_m
     return normalize(out, m, total)
 

@@ -8,6 +8,7 @@ blocks       who owns which block: free list, reference counts, copy-on-write, s
 paged        pools of blocks, and a batch's view of them
 branching    parallel samples and beams that share a prompt's blocks
 generation   prefill and decode, prompts of different lengths
+request      a request, one under way, a step
 scheduler    continuous batching: admission, preemption, recomputation
 engine       its steps on a model, and static batching
 simulation   waste and sharing on traces        cost   seconds of an iteration by the roofline
@@ -30,8 +31,9 @@ from reference.kv_cache.engine import compute_step, serve, serve_static
 from reference.kv_cache.generation import column_mask, generate, left_pad
 from reference.kv_cache.paged import FlatBatch, PagedBatch, PagedCache
 from reference.kv_cache.quantized import Int8Cache, dequantize, quantize_rows
+from reference.kv_cache.request import Iteration, Request, Running, Step
 from reference.kv_cache.rolling import RollingCache, slot_columns
-from reference.kv_cache.scheduler import Iteration, Request, Running, Scheduler, Step, run
+from reference.kv_cache.scheduler import Scheduler, run
 from reference.kv_cache.simulation import (
     beam_saved,
     sampling_saved,

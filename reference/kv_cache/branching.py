@@ -56,27 +56,55 @@ def beam_search(
     *,
     num_beams: int,
     cache: PagedCache,
+    stop: int | None = None,
+    length_penalty: float = 0.0,
 ) -> tuple[Int[Tensor, "N T"], Float[Tensor, " N"]]:
-    """The beams after `num_tokens` tokens and their log-probabilities, the best first.
+    """The best `num_beams` answers of up to `num_tokens` tokens and their scores, the best first.
+
+    A score is the log-probability over length ** length_penalty: 0 ranks by the sum, 1 by the mean,
+    and more prefers the longer. A beam that chooses `stop` is done, and the search ends when none
+    that goes on scores better now than the worst that is done; shorter answers are filled up with
+    `stop`. All of it as in transformers' beam search with early_stopping=False.
 
     Raises: ValueError for an empty prompt or counts below 1; OutOfBlocks.
     """
     _check(num_tokens, "num_beams", num_beams)
     beams: list[Hashable] = [object()]
+    done: list[tuple[float, Tensor]] = []
     try:
         logits = _prefill(model, cache, beams[0], prompt)
         scores, history = torch.zeros_like(logits[:, 0]), prompt.new_empty(1, 0)
         while True:
-            totals = scores[:, None] + logits.log_softmax(-1)
-            scores, best = totals.flatten().topk(min(num_beams, totals.numel()))
+            totals = (scores[:, None] + logits.log_softmax(-1)).flatten()
+            scores, best = totals.topk(min(2 * num_beams, len(totals)))
             parents, tokens = best // logits.shape[-1], best % logits.shape[-1]
             history = torch.cat((history[parents], tokens[:, None]), 1)
-            if history.shape[1] == num_tokens:
-                return history, scores
-            beams = _follow(cache.blocks, beams, parents.tolist())
-            logits = _decode(model, cache, beams, tokens)
+            length = history.shape[1]
+            is_end = (
+                tokens == (-1 if stop is None else stop) if length < num_tokens else tokens > -1
+            )
+            worth = scores / length**length_penalty
+            ended = is_end[:num_beams].nonzero()[:, 0]
+            done += zip(worth[ended].tolist(), history[ended], strict=True)
+            done = sorted(done, key=lambda answer: -answer[0])[:num_beams]
+            on = (~is_end).nonzero()[:num_beams, 0]
+            if not len(on) or (len(done) == num_beams and float(worth[on[0]]) <= done[-1][0]):
+                return _stack(done, 0 if stop is None else stop, scores)
+            scores, history = scores[on], history[on]
+            beams = _follow(cache.blocks, beams, parents[on].tolist())
+            logits = _decode(model, cache, beams, tokens[on])
     finally:
         _free(cache.blocks, beams)
+
+
+def _stack(
+    done: Sequence[tuple[float, Tensor]], fill: int, like: Tensor
+) -> tuple[Int[Tensor, "N T"], Float[Tensor, " N"]]:
+    """Answers of different lengths as rows, and their scores."""
+    rows = torch.nn.utils.rnn.pad_sequence(
+        [tokens for _, tokens in done], batch_first=True, padding_value=fill
+    )
+    return rows, like.new_tensor([score for score, _ in done])
 
 
 def _follow(

@@ -13,7 +13,7 @@ Source: Williams et al., "Roofline", 2009, CACM 52(4).
 
 from dataclasses import dataclass
 
-from reference.kv_cache.scheduler import Iteration
+from reference.kv_cache.request import Iteration
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from reference.kv_cache.generation import CachedModel, generate
 from reference.kv_cache.paged import FlatBatch, PagedBatch, PagedCache
-from reference.kv_cache.scheduler import Iteration, Request, Scheduler, Step, run
+from reference.kv_cache.request import Iteration, Request, Step
+from reference.kv_cache.scheduler import Scheduler, run
 from reference.kv_cache.simulation import static_iterations
 from reference.kv_cache.static import StaticCache
 from reference.transformer.sampling import greedy
+from reference.transformer.stopping import Stop
 
 
 @torch.no_grad()
@@ -25,8 +27,12 @@ def compute_step(
     cache: PagedCache,
     step: Step,
     choose: Callable[[Tensor], Tensor] = greedy,
-) -> list[int]:
-    """The next token of each sequence of a step: those of prefill, then those of decode."""
+) -> list[int | None]:
+    """The next token of each sequence of a step: those of prefill, then those of decode.
+
+    None for a sequence whose logits hold NaN or no finite largest one: it fails, and `choose` does
+    not see its row.
+    """
     cache.copy(step.copies)
     sequences = [s for s, _ in step.prefill] + step.decode
     names = [s.request.name for s in sequences]
@@ -42,7 +48,12 @@ def compute_step(
         batch = cache.batch(names, 1)
         tokens = torch.tensor([s.generated[-1:] for s in sequences], device=device)
     logits = model(tokens, batch.positions, batch, mask=batch.mask, num_logits=num_logits)
-    return choose(logits.flatten(0, 1)).tolist()
+    rows = logits.flatten(0, 1)
+    is_good = rows.amax(-1).isfinite()
+    if not bool(is_good.all()):
+        rows = rows.masked_fill(~is_good[:, None], 0)
+    chosen = zip(choose(rows).tolist(), is_good.tolist(), strict=True)
+    return [token if good else None for token, good in chosen]
 
 
 def serve(
@@ -53,9 +64,12 @@ def serve(
     max_batch: int,
     reserve: int = 0,
     choose: Callable[[Tensor], Tensor] = greedy,
-    stop: int | None = None,
+    stop: Stop | None = None,
 ) -> tuple[dict[str, list[int]], list[Iteration]]:
     """Answers by name from continuous batching over a paged cache, and what each iteration did.
+
+    A request whose logits are NaN has no answer: `Iteration.failed` names it. All blocks are given
+    back, after an error as well.
 
     Raises: as `scheduler.run`.
     """

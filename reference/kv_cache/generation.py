@@ -20,6 +20,7 @@ from torch import Tensor
 from reference.kv_cache.dynamic import ColumnedCache, DynamicCache
 from reference.transformer.model import SequenceCache
 from reference.transformer.sampling import greedy
+from reference.transformer.stopping import Stop, has_ended
 
 # model(tokens, positions, cache, mask=..., num_logits=1) gives (B, 1, V); Llama is one.
 CachedModel = Callable[..., Float[Tensor, "B 1 V"]]
@@ -69,13 +70,14 @@ def generate(
     *,
     cache: SequenceCache | None = None,
     choose: Callable[[Tensor], Tensor] = greedy,
-    stop: int | None = None,
+    stop: Stop | None = None,
     chunk_size: int | None = None,
 ) -> Int[Tensor, "B N"]:
     """Up to `num_tokens` new tokens after each prompt; the prompts themselves are not returned.
 
     `cache` is a fresh growing one by default, and holds everything but the last token afterwards.
-    With `stop`, a row that has chosen it goes on with it, and generation ends when all rows have.
+    `stop` is a token or a question to a row's tokens so far (`stop_strings`): a row goes on with
+    the token that it ended with, and generation ends when all rows have.
     `chunk_size` cuts the prefill into pieces, for less memory at the same result.
 
     Raises: ValueError for prompts that are missing or empty, for negative num_tokens, a cache that
@@ -88,16 +90,16 @@ def generate(
         return tokens[:, :0]
     for chunk in tokens.split(chunk_size or tokens.shape[1], 1):
         logits = _forward(model, chunk, cache, padding)
-    chosen, is_done = [], torch.zeros_like(padding, dtype=torch.bool)
+    chosen: list[Tensor] = []
+    is_done = torch.zeros_like(padding, dtype=torch.bool)
     while True:
         token = choose(logits[:, -1])
+        chosen.append(torch.where(is_done, chosen[-1], token) if chosen else token)
         if stop is not None:
-            token = token.masked_fill(is_done, stop)
-            is_done = is_done | (token == stop)
-        chosen.append(token)
+            is_done = is_done | has_ended(stop, chosen)
         if len(chosen) == num_tokens or (stop is not None and bool(is_done.all())):
             return torch.stack(chosen, 1)
-        logits = _forward(model, token[:, None], cache, padding)
+        logits = _forward(model, chosen[-1][:, None], cache, padding)
 
 
 def _forward(model: CachedModel, tokens: Tensor, cache: SequenceCache, padding: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 Token t of a sequence lies in slot t mod block_size of block table[t // block_size], in every layer
 alike. A batch writes its new keys to their slots and gathers what its tables name; rows that are
-shorter than the longest get keys that are not theirs behind their own, which the mask hides. A
+shorter than the longest get some of their own keys again behind them, which the mask hides. A block
+is cleared when its first slot is written: what an earlier owner left, NaN perhaps, reaches nobody,
+not even through a kernel that multiplies it by 0. A
 kernel that reads the blocks where they lie needs no gathering (reference.flash_attention's
 paged_attention, on `tables` and `lengths`).
 
@@ -77,13 +79,15 @@ class PagedBatch:
         self.cache, self.num_new, self.longest = cache, num_new, max(lengths)
         width = blocks.blocks_for(self.longest)
         rows = [blocks.tables[name] for name in names]
-        padded = [row + [0] * (width - len(row)) for row in rows]
+        padded = [row + row[-1:] * (width - len(row)) for row in rows]
         self.tables: Int[Tensor, "B M"] = torch.tensor(padded, device=device)
         self.lengths: Int[Tensor, " B"] = torch.tensor(lengths, device=device)
         new = torch.arange(num_new, device=device)
         self.positions: Int[Tensor, "B T"] = (self.lengths - num_new)[:, None] + new
         block = self.tables.gather(1, self.positions // blocks.block_size)
-        self._slots = block * blocks.block_size + self.positions % blocks.block_size
+        slot = self.positions % blocks.block_size
+        self._slots = block * blocks.block_size + slot
+        self._begun = block[slot == 0]
 
     @property
     def mask(self) -> Bool[Tensor, "B 1 T S"]:
@@ -103,8 +107,10 @@ class PagedBatch:
         expected = (len(self.lengths), keys.shape[2], self.num_new, keys.shape[3])
         if k.shape != expected:
             raise ValueError(f"k: expected shape {expected}, got {tuple(k.shape)}")
-        keys.flatten(0, 1)[self._slots] = k.transpose(1, 2)
-        values.flatten(0, 1)[self._slots] = v.transpose(1, 2)
+        for pool, new in ((keys, k), (values, v)):
+            if len(self._begun):
+                pool[self._begun] = 0
+            pool.flatten(0, 1)[self._slots] = new.transpose(1, 2)
         return self._gather(keys), self._gather(values)
 
     def get_seq_length(self) -> int:
@@ -152,6 +158,8 @@ class FlatBatch:
         is_past = torch.cat(positions) <= self.positions.mT
         self.mask: Bool[Tensor, "1 1 N S"] = (is_own & is_past)[None, None]
         self._written = self.row([x[-n:] for x, n in zip(held, num_new, strict=True)])[0]
+        size = cache.blocks.block_size
+        self._begun = self._written[self._written % size == 0] // size
 
     def row(self, parts: Sequence[Int[Tensor, " _"]]) -> Int[Tensor, "1 N"]:
         """One entry for each new token of each sequence, as a row: last ones at the end."""
@@ -164,6 +172,7 @@ class FlatBatch:
         check_new(k, v, None)
         found = []
         for pool, new in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
+            pool[self._begun] = 0
             slots = pool.flatten(0, 1)  # (N * block, K, d)
             slots[self._written] = new[0].transpose(0, 1)
             found.append(slots[self._held].transpose(0, 1)[None])

@@ -23,12 +23,14 @@ def quantize_rows(
     """int8 codes in -127 ... 127 and the float32 scales, with `dim` of size 1.
 
     `dim=-1` gives each row a scale, `dim=-2` each channel. Zeros stay zeros. Arithmetic in
-    float32; the error is at most half a scale.
+    float32; the error is at most half a scale. A row with NaN or inf comes back as NaN: its scale
+    is not finite, which int8 alone could not say.
     """
     wide = x.float()
-    largest = wide.abs().amax(dim, keepdim=True)
-    scale = torch.where(largest > 0, largest / 127, 1.0)
-    return (wide / scale).round().clamp(-127, 127).to(torch.int8), scale
+    # No smaller than the smallest normal number: below it a scale is itself rounded.
+    scale = (wide.abs().amax(dim, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = (wide / scale).nan_to_num_(0.0).round_().clamp_(-127, 127).to(torch.int8)
+    return codes, torch.where(scale.isinf(), torch.nan, scale)
 
 
 def dequantize(

@@ -11,78 +11,24 @@ leaves when it is done, and one that waits takes its place in the next iteration
 A preempted sequence keeps its tokens and not their keys: when it comes back, prompt and answer so
 far are prefilled together (recomputation). Greedy answers do not depend on who else was there.
 
+One request never touches another: what cannot be served is refused before the first step, one that
+fails or is aborted gives its blocks back and leaves the others alone, and after an error in a step
+no block is kept.
+
 Sources: iteration-level scheduling, Orca (OSDI 2022), sec. 3; preemption by recomputation, vLLM,
 arXiv 2309.06180, sec. 4.5.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 from reference.kv_cache.blocks import BlockManager, OutOfBlocks
+from reference.kv_cache.request import Iteration, Request, Running, Step
+from reference.transformer.stopping import Stop
 
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt, how many tokens to answer with at most, and the iteration it arrives in.
-
-    Raises: ValueError for an empty prompt or fewer than one token.
-    """
-
-    name: str
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    arrival: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.prompt:
-            raise ValueError(f"prompt: expected at least one token, got none in {self.name!r}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
-
-
-@dataclass(eq=False)
-class Running:
-    """A request under way; the last token has no keys yet. `is_published`: others may share."""
-
-    request: Request
-    generated: list[int] = field(default_factory=list)
-    is_published: bool = False
-
-    @property
-    def tokens(self) -> list[int]:
-        """Prompt and answer so far."""
-        return [*self.request.prompt, *self.generated]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What to compute now. `prefill`: sequences, each with how many tokens the cache has already.
-
-    `copies` are blocks to copy before anything is written.
-    """
-
-    prefill: list[tuple[Running, int]]
-    decode: list[Running]
-    copies: list[tuple[int, int]]
-    preempted: list[Running]
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """What one iteration did: tokens through the model, sequences, slots of the cache."""
-
-    prefill_tokens: int
-    decoded: int
-    num_running: int
-    held_tokens: int
-    used_slots: int
-    num_preempted: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that went through the model."""
-        return self.prefill_tokens + self.decoded
+# A token for each sequence of prefill, then of decode; None for one that has failed.
+Compute = Callable[[Step], Sequence[int | None]]
 
 
 class Scheduler:
@@ -103,7 +49,12 @@ class Scheduler:
         self.running: list[Running] = []
 
     def submit(self, request: Request) -> None:
-        """Put a request in the queue.
+        """Put a request in the queue. Raises: as `check`."""
+        self.check(request)
+        self.waiting.append(Running(request))
+
+    def check(self, request: Request) -> None:
+        """Refuse what could never be served.
 
         Raises: ValueError for one that the whole cache could not hold, or a name under way.
         """
@@ -116,7 +67,63 @@ class Scheduler:
             )
         if any(s.request.name == request.name for s in (*self.waiting, *self.running)):
             raise ValueError(f"request {request.name!r}: the name is under way; choose another")
-        self.waiting.append(Running(request))
+
+    def abort(self, name: str) -> list[int]:
+        """Take a request back, waiting or running, at any time; returns what it has answered.
+
+        Its blocks are free at once; a step under way may go on, and its token is dropped.
+
+        Raises: KeyError for a name that is not under way.
+        """
+        for queue in (self.running, self.waiting):
+            for sequence in queue:
+                if sequence.request.name == name:
+                    queue.remove(sequence)
+                    if queue is self.running:
+                        self.blocks.free(name)
+                    return sequence.generated
+        raise KeyError(name)
+
+    def abort_all(self) -> None:
+        """Take back all requests under way."""
+        for sequence in (*self.running, *self.waiting):
+            self.abort(sequence.request.name)
+
+    def step(
+        self, compute: Compute, *, stop: Stop | None = None
+    ) -> tuple[dict[str, list[int]], Iteration]:
+        """Schedule, compute, record: the answers that this completes, and what it did.
+
+        Raises: OutOfBlocks where requests wait for blocks that nobody under way will give back;
+        whatever `compute` raises. After an error nothing is under way.
+        """
+        try:
+            return self._step(compute, stop)
+        except BaseException:
+            self.abort_all()
+            raise
+
+    def _step(self, compute: Compute, stop: Stop | None) -> tuple[dict[str, list[int]], Iteration]:
+        step = self.schedule()
+        if self.waiting and not (self.running or step.preempted):
+            raise OutOfBlocks(
+                f"request {self.waiting[0].request.name!r} waits and nothing runs: "
+                f"{self.blocks.num_free} of {self.blocks.num_blocks} blocks are free, and others "
+                "hold the rest for good; free them first"
+            )
+        summary = _summary(step, self)
+        done, failed = {}, []
+        sequences = [s for s, _ in step.prefill] + step.decode
+        for sequence, token in zip(sequences, compute(step) if sequences else (), strict=True):
+            name = sequence.request.name
+            if sequence not in self.running:
+                continue  # aborted meanwhile
+            if token is None:
+                self.abort(name)
+                failed.append(name)
+            elif self.record(sequence, token, stop=stop):
+                done[name] = sequence.generated
+        return done, replace(summary, failed=tuple(failed))
 
     def schedule(self) -> Step:
         """Grow, preempt, admit; the blocks are taken when this returns."""
@@ -124,12 +131,13 @@ class Scheduler:
         prefill = [] if preempted else self._admit()
         return Step(prefill, decode, copies, preempted)
 
-    def record(self, sequence: Running, token: int, *, is_last: bool = False) -> bool:
+    def record(self, sequence: Running, token: int, *, stop: Stop | None = None) -> bool:
         """Note a sequence's next token; True where it is done, and its blocks are free again."""
         if not sequence.is_published:
             self.blocks.publish(sequence.request.name, sequence.request.prompt)
             sequence.is_published = True
         sequence.generated.append(token)
+        is_last = stop(sequence.generated) if callable(stop) else token == stop
         if is_last or len(sequence.generated) == sequence.request.max_new_tokens:
             self.blocks.free(sequence.request.name)
             self.running.remove(sequence)
@@ -174,37 +182,42 @@ class Scheduler:
 def run(
     requests: Iterable[Request],
     scheduler: Scheduler,
-    compute: Callable[[Step], Sequence[int]],
+    compute: Compute,
     *,
-    stop: int | None = None,
+    stop: Stop | None = None,
 ) -> tuple[dict[str, list[int]], list[Iteration]]:
     """Serve all requests; `compute` gives a token for each sequence of prefill, then of decode.
 
-    Returns the answers by name, and what each iteration did. Greedy or not is `compute`'s affair.
+    None instead of a token ends that request, without an answer; so does `scheduler.abort`, which
+    `compute` may call. Returns the answers by name, and what each iteration did. Greedy or not is
+    `compute`'s affair. After an error nothing is under way and all blocks are given back.
 
-    Raises: ValueError as `Scheduler.submit`, and for two requests of one name.
+    Raises: ValueError as `Scheduler.check` and for two requests of one name, both before the first
+    step; OutOfBlocks where requests wait for blocks that nobody under way will give back.
     """
     requests = sorted(requests, key=lambda r: r.arrival)
     if len({r.name for r in requests}) < len(requests):
         raise ValueError("requests: expected a name of its own for each")
+    for request in requests:
+        scheduler.check(request)
     coming = deque(requests)
     answers: dict[str, list[int]] = {}
     history: list[Iteration] = []
     clock = 0
-    while coming or scheduler.waiting or scheduler.running:
-        while coming and coming[0].arrival <= clock:
-            scheduler.submit(coming.popleft())
-        if not (scheduler.waiting or scheduler.running):
-            clock = coming[0].arrival
-            continue
-        step = scheduler.schedule()
-        history.append(_summary(step, scheduler))
-        sequences = [s for s, _ in step.prefill] + step.decode
-        for sequence, token in zip(sequences, compute(step), strict=True):
-            if scheduler.record(sequence, token, is_last=token == stop):
-                answers[sequence.request.name] = sequence.generated
-        clock += 1
-    return answers, history
+    try:
+        while coming or scheduler.waiting or scheduler.running:
+            while coming and coming[0].arrival <= clock:
+                scheduler.submit(coming.popleft())
+            if not (scheduler.waiting or scheduler.running):
+                clock = coming[0].arrival
+                continue
+            done, iteration = scheduler.step(compute, stop=stop)
+            answers |= done
+            history.append(iteration)
+            clock += 1
+        return answers, history
+    finally:
+        scheduler.abort_all()
 
 
 def _summary(step: Step, scheduler: Scheduler) -> Iteration:

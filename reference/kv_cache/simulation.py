@@ -17,7 +17,7 @@ import random
 from collections.abc import Sequence
 
 from reference.kv_cache.blocks import BlockManager
-from reference.kv_cache.scheduler import Iteration, Request
+from reference.kv_cache.request import Iteration, Request
 
 POLICIES = ("max", "pow2", "oracle", "paged")
 

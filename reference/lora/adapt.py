@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from reference.lora.layer import Adapter, LoRAConfig, LoRALinear
+from reference.lora.layer import Adapter, LoRAConfig, LoRALinear, check_is_whole
 
 
 def add_adapter(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Module:
@@ -21,13 +21,14 @@ def add_adapter(model: nn.Module, config: LoRAConfig, name: str = "default") -> 
     Returns the model, changed in place. "all-linear" leaves out the head, as peft does.
 
     Raises: ValueError for targets that match nothing, a name that is taken, a rank above a
-    matrix's, or base weights that are not finite.
+    matrix's, base weights that are not finite, or a model that is divided already.
     """
     found = list(_targets(model, config.targets))
     if not found:
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if _linear(m)})
         raise ValueError(f"targets: expected some of {', '.join(linear)}; got {config.targets!r}")
     for path, layer in found:
+        check_is_whole(path, layer.base if isinstance(layer, LoRALinear) else layer)
         weight = layer.weight
         if not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError(f"{path}: expected finite weights; the base is broken")

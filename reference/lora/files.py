@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reference.lora.adapt import adapter_names, add_adapter, is_target, set_adapter
-from reference.lora.layer import LoRAConfig, LoRALinear
+from reference.lora.layer import LoRAConfig, LoRALinear, check_is_whole
 from reference.transformer import Llama
 
 # Variants that would change the numbers, and the values that leave them out.
@@ -34,8 +34,11 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def save_adapter(model: nn.Module, folder: Path | str, name: str = "default") -> None:
     """Write one adapter; peft's `PeftModel.from_pretrained` reads the folder.
 
-    Raises: ValueError for a name that the model does not have.
+    Raises: ValueError for a name that the model does not have, or a model that is divided: its
+    `full_state_dict` belongs into a whole one first.
     """
+    for path, layer in _layers_by_path(model):
+        check_is_whole(path, layer.base)
     if name not in adapter_names(model):
         raise ValueError(f"name: expected one of {adapter_names(model)}, got {name!r}")
     folder = Path(folder)
@@ -73,6 +76,8 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
     if isinstance(model, Llama) and not isinstance(config.targets, str):
         own = tuple(target.removeprefix("model.") for target in config.targets)
         config = replace(config, targets=own)
+    for path, module in model.named_modules():
+        check_is_whole(path, module)
     _check_base(model, config, tensors)
     add_adapter(model, config, name)
     with torch.no_grad():

@@ -60,11 +60,24 @@ def lora_delta(
     return b @ a * scaling
 
 
+def check_is_whole(path: str, layer: nn.Module) -> None:
+    """Raises: ValueError for a rank's part of a layer, which says in `cuts` how it was divided.
+
+    An adapter of its shape would be this rank's own, and no one would sum its gradient.
+    """
+    if getattr(layer, "cuts", None):
+        raise ValueError(
+            f"{path}: expected a whole layer, got a rank's part of one; do this to the whole "
+            "model, and divide it, with its adapters, afterwards"
+        )
+
+
 class Adapter(nn.Module):
     """One adapter's A and B for one layer: A Kaiming-uniform as in nn.Linear, B zero."""
 
     def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
         super().__init__()
+        check_is_whole("base", base)
         fan_out, fan_in = base.weight.shape
         if config.rank > min(fan_in, fan_out):
             raise ValueError(
@@ -77,8 +90,16 @@ class Adapter(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
-        x = F.dropout(x, self.config.dropout, self.training)
-        return F.linear(F.linear(x, self.a), self.b) * self.config.scaling
+        a, b = self.factors()
+        return F.linear(F.linear(self.drop(x), a), b) * self.config.scaling
+
+    def factors(self) -> tuple[Float[Tensor, "r D"], Float[Tensor, "F r"]]:
+        """A and B as the product takes them; where ranks hold parts, their gradients are summed."""
+        return self.a, self.b
+
+    def drop(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """Dropout of the input, while training."""
+        return F.dropout(x, self.config.dropout, self.training)
 
     def delta(self) -> Float[Tensor, "F D"]:
         """The change of the weight that this adapter stands for."""
@@ -157,9 +178,10 @@ class LoRALinear(nn.Module):
     def _by_row(self, x: Float[Tensor, "B ... D"], rows: Int[Tensor, " B"]) -> Tensor:
         """Each row's adapter in two batched products; ranks are padded to the largest."""
         adapters = [self.adapter(name) for name in self.adapters]
+        factors = [adapter.factors() for adapter in adapters]
         most = max(m.config.rank for m in adapters)
-        a = torch.stack([F.pad(m.a, (0, 0, 0, most - m.config.rank)) for m in adapters])
-        scaled = [m.b * m.config.scaling for m in adapters]
+        a = torch.stack([F.pad(a, (0, 0, 0, most - len(a))) for a, _ in factors])
+        scaled = [b * m.config.scaling for (_, b), m in zip(factors, adapters, strict=True)]
         b = torch.stack([F.pad(m, (0, most - m.shape[1])) for m in scaled])
         zero = (rows < 0).view(-1, *[1] * (x.ndim - 1))
         chosen = rows.clamp(min=0)

@@ -26,6 +26,8 @@ from torch import Tensor
 class ScaleRule:
     """When a loss scale moves. Defaults are GradScaler's.
 
+    `min_scale` is the floor: a run of overflows that gets there has NaN or inf in the loss itself,
+    and no scale will help. 2^-126 by default, the smallest whose inverse float32 holds as well.
     `hysteresis` is the number of overflows that it takes to lower the scale (DeepSpeed: 2, with
     growth_interval=1000); `ScaleRule.static()` never moves.
 
@@ -36,6 +38,7 @@ class ScaleRule:
     backoff_factor: float = 0.5
     growth_interval: int = 2000
     hysteresis: int = 1
+    min_scale: float = 2.0**-126
 
     def __post_init__(self) -> None:
         if self.growth_factor < 1 or not 0 < self.backoff_factor <= 1:
@@ -43,6 +46,8 @@ class ScaleRule:
                 "growth_factor, backoff_factor: expected at least 1 and a value in (0, 1], got "
                 f"{self.growth_factor} and {self.backoff_factor}"
             )
+        if not 2.0**-126 <= self.min_scale < math.inf:
+            raise ValueError(f"min_scale: expected at least 2**-126, got {self.min_scale}")
         for name in ("growth_interval", "hysteresis"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -62,11 +67,13 @@ class ScaleState:
 
 
 def next_scale(state: ScaleState, rule: ScaleRule, *, overflowed: bool) -> ScaleState:
-    """The state after one step. A scale that would grow to infinity stays."""
+    """The state after one step. A scale that would grow to infinity, or below its floor, stays."""
     if overflowed:
         overflows = state.overflows + 1
-        lowered = state.scale * rule.backoff_factor if overflows >= rule.hysteresis else state.scale
-        return ScaleState(lowered, 0, min(overflows, rule.hysteresis - 1))
+        scale = state.scale
+        if overflows >= rule.hysteresis:
+            scale = min(scale, max(scale * rule.backoff_factor, rule.min_scale))
+        return ScaleState(scale, 0, min(overflows, rule.hysteresis - 1))
     if state.good_steps + 1 < rule.growth_interval:
         return replace(state, good_steps=state.good_steps + 1)
     grown = float(torch.tensor(state.scale * rule.growth_factor, dtype=torch.float32))

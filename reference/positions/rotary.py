@@ -43,9 +43,11 @@ def rope_table(
 
 
 def apply_rope(
-    x: Float[Tensor, "B H T d"], cos: Float[Tensor, "*B T d"], sin: Float[Tensor, "*B T d"]
-) -> Float[Tensor, "B H T d"]:
+    x: Float[Tensor, "*BH T d"], cos: Float[Tensor, "*B T d"], sin: Float[Tensor, "*B T d"]
+) -> Float[Tensor, "*BH T d"]:
     """Turn queries or keys; tables (T, d) for all sequences or (B, T, d) for each its own.
+
+    x is (B, H, T, d), or without heads (B, T, d) or (T, d).
 
     Rotate-half layout. Bit for bit transformers' apply_rotary_pos_emb, also in its gradients; the
     result has the promoted dtype of `x` and the tables. `rotation` prepares tables for many calls.
@@ -77,6 +79,8 @@ def rotation(cos: Float[Tensor, "*B T d"], sin: Float[Tensor, "*B T d"]) -> Rota
         cos, signed_sin = cos.unsqueeze(1), signed_sin.unsqueeze(1)
 
     def rotate(x: Tensor) -> Tensor:
+        if x.ndim in (2, 3):  # without heads
+            return rotate(x.unsqueeze(-3) if x.ndim == 3 else x[None, None]).reshape(x.shape)
         check_fit(x, cos)
         return (x * cos).add_(x.roll(half, -1) * signed_sin)
 

@@ -24,8 +24,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ROPE_TYPES = ("default", "linear", "ntk", "dynamic", "yarn", "llama3")
+from reference.configuration import COUNT, FLAG, NOTHING, NUMBER, TEXT, Keys
+
 NEEDS_TRAINED_LENGTH = ("dynamic", "yarn", "llama3")
+TRAINED = {"original_max_position_embeddings": COUNT}
+# What each type reads of `rope_parameters`.
+READS: dict[str, dict[str, tuple[type, ...]]] = {
+    "default": {},
+    "linear": {"factor": NUMBER},
+    "ntk": {"factor": NUMBER},
+    "dynamic": {"factor": NUMBER, **TRAINED},
+    "yarn": {
+        "factor": NUMBER, **TRAINED, "beta_fast": NUMBER + NOTHING, "beta_slow": NUMBER + NOTHING,
+        "attention_factor": NUMBER + NOTHING, "truncate": FLAG,
+    },
+    "llama3": {
+        "factor": NUMBER, **TRAINED, "low_freq_factor": NUMBER, "high_freq_factor": NUMBER,
+    },
+}  # fmt: skip
+ROPE_TYPES = tuple(READS)
+# Without them transformers stops; a default of ours would be a guess.
+REQUIRED = ("factor", "low_freq_factor", "high_freq_factor")
 
 
 @dataclass(frozen=True)
@@ -74,18 +93,25 @@ class RopeScaling:
     def from_dict(cls, parameters: Mapping[str, Any]) -> "RopeScaling":
         """From `rope_parameters` or the older `rope_scaling` of a Hugging Face config.
 
-        Raises: ValueError for keys that would change the frequencies and are not known here.
+        Raises: ValueError for keys that the type does not read, and for missing ones.
         """
-        known = {k: v for k, v in parameters.items() if k in cls.__dataclass_fields__}
-        if "type" in parameters:
-            known.setdefault("rope_type", parameters["type"])
-        unknown = set(parameters) - set(known) - {"rope_theta", "type"}
-        if unknown:
-            raise ValueError(
-                f"rope_parameters: expected keys out of {', '.join(cls.__dataclass_fields__)}, "
-                f"got also {', '.join(sorted(unknown))}"
-            )
-        return cls(**{k: v for k, v in known.items() if v is not None})
+        kind = parameters.get("rope_type") or parameters.get("type") or "default"
+        if kind not in ROPE_TYPES:
+            raise ValueError(f"rope_type: expected one of {', '.join(ROPE_TYPES)}, got {kind!r}")
+        # The default type turns whole heads in transformers' Llama, whatever part is named.
+        is_plain = kind == "default"
+        keys = Keys(
+            file=f"rope_parameters ({kind})",
+            honoured={"rope_type": TEXT, "type": TEXT, **READS[kind]},
+            plain={} if is_plain else {"partial_rotary_factor": (1.0,)},
+            harmless=frozenset({"rope_theta"} | ({"partial_rotary_factor"} if is_plain else set())),
+        )
+        known = keys.read(parameters)
+        if missing := [key for key in REQUIRED if key in READS[kind] and key not in known]:
+            raise ValueError(f"rope_parameters ({kind}): expected also {', '.join(missing)}")
+        if known.pop("type", kind) != kind:
+            raise ValueError(f"rope_type, type: expected one and the same, got {dict(parameters)}")
+        return cls(**{**known, "rope_type": kind})
 
 
 def rope_frequencies(

@@ -25,6 +25,7 @@ TABLES = {"nf4": normal_float_levels, "fp4": float4_levels, "int4": integer4_lev
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Blocks worked on at a time: their intermediate results stay in the cache.
 CHUNK_NUMBERS = 1 << 17
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def quantize_4bit(
 ) -> FourBitTensor:
     """The nearest level for each number of x / absmax, packed two a byte; ties go down.
 
-    Computed in float32; the absmax is float32. Bit for bit what bitsandbytes stores.
+    Computed in float32; the absmax is float32. Bit for bit what bitsandbytes stores, but for blocks
+    below the smallest normal number, which it rounds to other levels.
 
     Raises: TypeError for dtypes but float32, float16, bfloat16; ValueError for a block size that
         is not positive and even or does not divide the number of values, for values that are not
@@ -65,9 +67,7 @@ def quantize_4bit(
         part = slice(start, start + rows)
         chunk = blocks[part].float()
         torch.amax(chunk.abs(), -1, out=absmax[part])
-        # Multiply by the reciprocal, as bitsandbytes: x / absmax rounds otherwise now and then.
-        scaled = chunk * (1.0 / absmax[part].clamp(min=1e-38))[:, None]
-        codes = _rank(scaled, midpoints)
+        codes = _rank(_scaled(chunk, absmax[part, None]), midpoints)
         codes = codes if order is None else order.to(x.device)[codes.int()]
         torch.bitwise_or(codes[:, ::2] << 4, codes[:, 1::2], out=packed[part])
     if not bool(torch.isfinite(absmax).all()):
@@ -102,6 +102,18 @@ def four_bit_round(
 ) -> Float[Tensor, "..."]:
     """x as its 4-bit codes give it back. Raises: as `quantize_4bit`."""
     return dequantize_4bit(quantize_4bit(x, levels=levels, block_size=block_size))
+
+
+def _scaled(blocks: Tensor, absmax: Tensor) -> Tensor:
+    """x / absmax. By the reciprocal, as bitsandbytes: a division rounds otherwise now and then.
+
+    The reciprocal of a subnormal absmax may be infinite: such blocks are first lifted by 2^64.
+    """
+    scaled = blocks * (1.0 / absmax.clamp(min=SMALLEST))
+    is_tiny = (absmax < SMALLEST) & (absmax > 0)
+    if bool(is_tiny.any()):
+        scaled = torch.where(is_tiny, (blocks * 2.0**64) / (absmax * 2.0**64), scaled)
+    return scaled
 
 
 def _rank(scaled: Tensor, midpoints: list[float]) -> Tensor:

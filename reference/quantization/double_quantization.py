@@ -42,8 +42,10 @@ class DoubleQuantized:
 def quantize_scales(absmax: Float[Tensor, " blocks"]) -> EightBitScales:
     """8-bit codes for float32 scales, in blocks of 256 (the last may be shorter).
 
-    Each code is the exact nearest of 256 dynamic levels. bitsandbytes' CPU code first rounds to a
-    grid of 65,536 points; its codes differ where a value lies that close to halfway.
+    Each code is the exact nearest of 256 dynamic levels, but never one that makes a scale negative:
+    that would turn the sign of a whole block's weights, and the next level up is taken instead.
+    bitsandbytes' CPU code first rounds to a grid of 65,536 points; its codes differ where a value
+    lies that close to halfway.
 
     Raises: TypeError for a dtype other than float32; ValueError for no scales or scales that are
         not finite.
@@ -59,7 +61,10 @@ def quantize_scales(absmax: Float[Tensor, " blocks"]) -> EightBitScales:
     blocks = _in_blocks(absmax - offset)
     outer = blocks.abs().amax(-1)
     scaled = (blocks * (1.0 / outer.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
-    codes = nearest_level(scaled, dynamic_levels().to(absmax.device))
+    levels = dynamic_levels().to(absmax.device)
+    codes = nearest_level(scaled, levels)
+    is_negative = levels[codes.int()] * outer[:, None] + offset < 0
+    codes = codes + (is_negative & (absmax.min() >= 0)).to(codes.dtype)
     return EightBitScales(codes.flatten()[: len(absmax)], outer, offset)
 
 

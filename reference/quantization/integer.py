@@ -143,7 +143,10 @@ def _divide(groups: Tensor, scale: Tensor) -> Tensor:
 def _finite(extent: Tensor) -> Tensor:
     """The extent of each group, where inf or nan among its numbers shows."""
     if not bool(torch.isfinite(extent).all()):
-        raise ValueError("x: expected finite values, got inf or nan; find the layer that made them")
+        raise ValueError(
+            "x: expected finite values whose range is finite as well, got inf or nan; find the "
+            "layer that made them"
+        )
     return extent
 
 

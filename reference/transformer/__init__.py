@@ -12,10 +12,12 @@ fused            torch's fused kernel, for `attend=`
 loss             the next token's surprise, padding left out
 flops            FLOPs a token, and what share of a machine that is
 checkpoint       folders of config.json and safetensors, as transformers reads and writes them
+shards           which tensor is in which of its files
 huggingface      the configuration in transformers' words
 tokenizer        text to ids: byte-level BPE
 optimizer        AdamW, clipping        schedule   the learning rate over a run
-training         batches, steps, checkpoint and resume
+batches          from a text in memory or on disk
+training         steps, checkpoint and resume
 sampling         from logits to tokens
 course_model     a small trained Llama that later chapters use
 encoder_decoder  the transformer of 2017
@@ -31,7 +33,7 @@ from reference.transformer.flops import (
 )
 from reference.transformer.fused import fused_causal_attention
 from reference.transformer.huggingface import from_huggingface, to_huggingface
-from reference.transformer.loss import IGNORED, next_token_loss
+from reference.transformer.loss import IGNORED, cross_entropy, next_token_loss
 from reference.transformer.model import Block, Llama, SequenceCache
 from reference.transformer.parameters import (
     LlamaParameters,
@@ -56,6 +58,7 @@ __all__ = [
     "bert_parameters",
     "encoder_decoder_parameters",
     "forward_flops",
+    "cross_entropy",
     "from_huggingface",
     "fused_causal_attention",
     "gpt_parameters",

@@ -37,25 +37,49 @@ def next_token_loss(
     Raises: ValueError for shapes that do not fit, labels outside the vocabulary or an unknown
     reduction; TypeError for labels that are no whole numbers.
     """
-    _check(logits, labels, reduction)
-    moved = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if reduction == "none":
-        losses = F.cross_entropy(
-            wide.flatten(0, 1), moved.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        return losses.view(labels.shape)[:, :-1]
-    total = F.cross_entropy(
-        wide.flatten(0, 1), moved.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return total if reduction == "sum" else total / (moved != IGNORED).sum().clamp(min=1)
-
-
-def _check(logits: Tensor, labels: Tensor, reduction: str) -> None:
     if logits.ndim != 3 or logits.shape[:2] != labels.shape or labels.shape[1] < 1:
         raise ValueError(
             "logits, labels: expected (B, T, V) and (B, T) with T >= 1, "
             f"got {tuple(logits.shape)} and {tuple(labels.shape)}; do not shift them"
+        )
+    _check(logits, labels, reduction)
+    moved = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    losses = _cross_entropy(logits, moved, reduction)
+    return losses[:, :-1] if reduction == "none" else losses
+
+
+def cross_entropy(
+    logits: Float[Tensor, "*B V"], labels: Int[Tensor, "*B"], *, reduction: str = "mean"
+) -> Float[Tensor, "..."]:
+    """The same without a shift: each row of logits with its own label, -100 for none.
+
+    Any dimensions, or none, before the vocabulary; for batches of inputs and targets that are one
+    token apart already. 'none' has the shape of the labels.
+
+    Raises: as `next_token_loss`.
+    """
+    _check(logits, labels, reduction)
+    return _cross_entropy(logits, labels, reduction)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(
+        wide.reshape(-1, logits.shape[-1]),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="none" if reduction == "none" else "sum",
+    )
+    if reduction == "none":
+        return total.view(labels.shape)
+    return total if reduction == "sum" else total / (labels != IGNORED).sum().clamp(min=1)
+
+
+def _check(logits: Tensor, labels: Tensor, reduction: str) -> None:
+    if logits.ndim < 1 or logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            "logits, labels: expected (..., V) and (...), "
+            f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
     check_token_ids("labels", labels, logits.shape[-1], ignored=IGNORED)
     if reduction not in ("mean", "sum", "none"):

@@ -18,11 +18,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from reference.transformer.batches import Text, batch_at
 from reference.transformer.loss import next_token_loss
 from reference.transformer.model import Llama
 from reference.transformer.optimizer import AdamW, clip_gradients, decay_groups
@@ -66,20 +66,6 @@ class Step:
     grad_norm: float
 
 
-def batch_at(
-    text: Int[Tensor, " N"], *, step: int, batch_size: int, seq_len: int, seed: int = 0
-) -> Int[Tensor, "B T"]:
-    """The `step`-th batch: windows of `seq_len` tokens from random places.
-
-    Raises: ValueError for a text shorter than a window.
-    """
-    if len(text) < seq_len:
-        raise ValueError(f"text: expected at least {seq_len} tokens, got {len(text)}")
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    starts = torch.randint(len(text) - seq_len + 1, (batch_size, 1), generator=generator)
-    return text[starts + torch.arange(seq_len)]
-
-
 class Trainer:
     """A model, its optimizer and where they are in the run.
 
@@ -89,7 +75,7 @@ class Trainer:
     def __init__(
         self,
         model: Llama,
-        text: Int[Tensor, " N"],
+        text: Text,
         config: TrainingConfig,
         *,
         attend: Callable[..., Tensor] | None = None,

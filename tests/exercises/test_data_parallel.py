@@ -412,9 +412,11 @@ class TestAccumulatedGradient:
     hints=(
         "Two ranks, one row each: what is the variance on each rank, and what is it of both rows?",
         "Right means, wrong variances: a mean of variances forgets how far the ranks' means lie "
-        "apart. Wrong means as well: ranks with few rows count as much as those with many.",
-        "sums = all_reduce(cat([sum of x, sum of x^2, number of rows]))\nmean = sum / count\n"
-        "var = sum of squares / count - mean^2",
+        "apart. Wrong means as well: ranks with few rows count as much as those with many. Wrong "
+        "far from zero alone: you subtract two large squares.",
+        "gather mean, sum of (x - mean)^2 and number of rows of each rank\nmean = sum of n_r "
+        "mean_r / n\nvar = sum of (squares_r + n_r (mean_r - mean)^2) / n\nor in two rounds: "
+        "the mean of all first, then the squares around it",
     ),
 )
 class TestBatchStatistics:
@@ -445,10 +447,31 @@ class TestBatchStatistics:
             what = f"the variance on rank {rank}"
             expect.close(got["vars"][rank], x.var(0, unbiased=False), what)
 
-    def test_calls(self, student, rng):
-        """needs one collective"""
-        got, _ = self._run(student, rng, (2, 2))
-        expect.true(got["calls"] == [1, 1], f"expected one collective, got {got['calls']}")
+    @points(2)
+    def test_far_from_zero(self, student, rng):
+        """keeps the digits of the variance where the mean is a hundred or a thousand"""
+        for mean, deviation in ((100, 0.01), (1000, 0.1)):
+            rows = [(mean + deviation * _normal(rng, b, 3)).float() for b in (4, 7)]
+            got = student.run_batch_statistics(rows)
+            x = torch.cat(rows).double()
+            expected = x.mean(0).float(), x.var(0, unbiased=False).float()
+            for rank in range(2):
+                expect.close(got["means"][rank], expected[0], f"the mean on rank {rank}", rtol=1e-6)
+                what = f"the variance on rank {rank}, of rows near {mean}"
+                expect.close(got["vars"][rank], expected[1], what, rtol=1e-2, atol=0)
+
+    def test_traffic(self, student, rng):
+        """needs three collectives at most, and sends as much for 40 rows as for two"""
+        (few, _), (many, _) = (self._run(student, rng, (b, b)) for b in (2, 40))
+        expect.true(
+            all(1 <= calls <= 3 for calls in few["calls"]),
+            f"expected one to three collectives on each rank, got {few['calls']}",
+        )
+        expect.true(
+            few["sent"] == many["sent"],
+            f"With 2 rows each ranks send {few['sent']} bytes, with 40 rows {many['sent']}: rows "
+            "travel. Numbers for each channel are enough.",
+        )
 
 
 @exercise(

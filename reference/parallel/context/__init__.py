@@ -7,9 +7,10 @@
 
 `mesh.cp` is the group of ranks that share a text: all of them get the same rows of the batch. It
 composes with the other axes. Tensor parallel: hand `parallelize(model, mesh.tp)` in as the model,
-and vocab_parallel_cross_entropy's losses to `share_of_mean`. Data parallel: gradients are a sum
-over cp, and a mean over dp. One attention by itself: ring_attention(q, k, v, mesh.cp, Kernel(...)),
-and so forth.
+and vocab_parallel_cross_entropy's losses to `share_of_mean`. Data parallel and micro-batches: hand
+the mean of the step to `loss`, token_mean(targets, mesh["dp", "cp"], averaged_by=...), of which
+data_parallel.token_mean says who averages. One attention by itself: ring_attention(q, k, v,
+mesh.cp, Kernel(...)), and so forth.
 
 layout        contiguous, zigzag, striped; who sees whom, and how much work that is
 partial       attention in parts: joined by log-sum-exp forward, added backward

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from reference.parallel.options import above_zero, at_least, one_of
 from reference.parallel.ranks import Hardware
 
 Method = Literal["ulysses", "ring", "gathered"]
@@ -42,8 +43,18 @@ def attention_bytes(
 
     `gradient_bytes` is the size of a number of keys' gradients on their way (ours are wide: 4).
 
-    Raises: ValueError for an unknown method or more Ulysses ranks than query heads.
+    Raises: ValueError for an unknown method, counts below 1, more Ulysses ranks than query heads,
+    or gradients of another size for Ulysses.
     """
+    one_of("method", method, Method)
+    at_least(1, [("batch", batch), ("seq_len", seq_len), ("num_heads", num_heads),
+                 ("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("num_ranks", num_ranks),
+                 ("element_bytes", element_bytes)])  # fmt: skip
+    if method == "ulysses" and gradient_bytes not in (None, element_bytes):
+        raise ValueError(
+            f"gradient_bytes: expected {element_bytes}, as element_bytes, got {gradient_bytes}; "
+            "Ulysses sends gradients in the dtype of values"
+        )
     n, part = num_ranks, batch * seq_len / num_ranks
     width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
     wide = element_bytes if gradient_bytes is None else gradient_bytes
@@ -54,8 +65,6 @@ def attention_bytes(
             )
         numbers = 2 * width + 2 * max(kv_width, n * head_dim)
         return part * numbers * (n - 1) / n * element_bytes
-    if method not in ("ring", "gathered"):
-        raise ValueError(f"method: expected ulysses, ring or gathered, got {method!r}")
     keys = part * 2 * kv_width * (n - 1) * element_bytes
     if not is_backward:
         return keys
@@ -75,8 +84,11 @@ def least_part(
     F / bandwidth, of the paper; G query heads for each key/value head do G times the products for
     the same message, a balanced causal mask half of them.
 
+    Raises: ValueError for rates that are not above 0 or groups below 1.
     Source: arXiv 2310.01889, sec. 3.
     """
+    above_zero([("flops_per_second", flops_per_second), ("bytes_per_second", bytes_per_second)])
+    at_least(1, [("group_size", group_size)])
     return flops_per_second / bytes_per_second / group_size * (2 if is_causal else 1)
 
 
@@ -91,7 +103,13 @@ def ring_forward_seconds(
     num_ranks: int,
     element_bytes: int = 2,
 ) -> float:
-    """Of one layer without a mask: N products, between them N - 1 times the longer of both."""
+    """Of one layer without a mask: N products, between them N - 1 times the longer of both.
+
+    Raises: ValueError for counts below 1.
+    """
+    at_least(1, [("batch", batch), ("seq_len", seq_len), ("num_heads", num_heads),
+                 ("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("num_ranks", num_ranks),
+                 ("element_bytes", element_bytes)])  # fmt: skip
     part = seq_len / num_ranks
     compute = 4 * batch * part**2 * num_heads * head_dim / hardware.flops_per_second
     link = hardware.intra if num_ranks <= hardware.ranks_per_node else hardware.inter

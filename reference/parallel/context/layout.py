@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from reference.parallel.options import at_least, one_of
 
 Layout = Literal["contiguous", "zigzag", "striped"]
 
@@ -47,10 +49,13 @@ class Tile(NamedTuple):
 def stretches(layout: Layout, seq_len: int, rank: int, num_ranks: int) -> list[Stretch]:
     """What rank `rank` holds of `seq_len` positions, in the order of its local tensor.
 
-    Raises: ValueError for an unknown layout, or a text that does not divide.
+    Raises: ValueError for an unknown layout, a text that does not divide, or a rank outside.
     """
-    if layout not in get_args(Layout):
-        raise ValueError(f"layout: expected one of {', '.join(get_args(Layout))}; got {layout!r}")
+    one_of("layout", layout, Layout)
+    at_least(1, [("num_ranks", num_ranks)])
+    at_least(0, [("seq_len", seq_len)])
+    if not 0 <= rank < num_ranks:
+        raise ValueError(f"rank: expected 0 to {num_ranks - 1}, got {rank}")
     num_parts = 2 * num_ranks if layout == "zigzag" and num_ranks > 1 else num_ranks
     if seq_len % num_parts:
         raise ValueError(
@@ -87,7 +92,11 @@ def tiles(
 
 
 def causal_pairs(layout: Layout, seq_len: int, num_ranks: int) -> list[list[int]]:
-    """Pairs of a query and a key that it sees: by rank, and by step of the ring."""
+    """Pairs of a query and a key that it sees: by rank, and by step of the ring.
+
+    Raises: as `stretches`.
+    """
+    at_least(1, [("num_ranks", num_ranks)])
     held = [stretches(layout, seq_len, rank, num_ranks) for rank in range(num_ranks)]
     return [
         [

@@ -24,16 +24,24 @@ from reference.flash_attention import (
 )
 from reference.flash_attention.forward import check_attention
 from reference.parallel.context.layout import Layout, Tile
+from reference.parallel.options import at_least, one_of
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a rank attends: who sees whom, the layout of the text, and chapter 07's tiles."""
+    """How a rank attends: who sees whom, the layout of the text, and chapter 07's tiles.
+
+    Raises: ValueError for an unknown layout or a block below 1.
+    """
 
     is_causal: bool = True
     layout: Layout = "zigzag"
     scale: float | None = None
     block_size: int = 256
+
+    def __post_init__(self) -> None:
+        one_of("layout", self.layout, Layout)
+        at_least(1, [("block_size", self.block_size)])
 
     def options(self, q: Tensor) -> dict[str, Any]:
         scale = 1 / math.sqrt(q.shape[3]) if self.scale is None else self.scale

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from reference.attention.dot_product import repeat_kv
 from reference.flash_attention import flash_attention
+from reference.parallel.context.layout import positions
 from reference.parallel.context.partial import Kernel, check_parts
 from reference.parallel.context.ring import ring_attention
 from reference.parallel.ranks import Comm
@@ -72,25 +73,35 @@ def ulysses_attention(
 ) -> Float[Tensor, "B H t dv"]:
     """Attention over the positions of all ranks, each with its heads; differentiable.
 
-    `comm` holds neighbouring positions. Alone it holds the whole text, in order. With `ring` it
-    holds what one rank of a ring would, and `attend` reaches the rest along `ring`: Ulysses x
-    Ring, a 2D mesh of which the sides multiply. Where there are fewer key/value heads than ranks
-    each rank sends the one that the receiver needs, so several get the same.
+    Alone `comm` holds the whole text, divided as `kernel.layout` says. With `ring` it holds what
+    one rank of a ring of that layout would, its ranks neighbouring positions, and `attend` reaches
+    the rest along `ring`: Ulysses x Ring, a 2D mesh of which the sides multiply. Where there are
+    fewer key/value heads than ranks each rank sends the one that the receiver needs, so several get
+    the same.
 
-    Raises: ValueError where heads do not divide by ranks.
+    Raises: ValueError where heads do not divide by ranks, or positions by the layout; for `attend`
+    without `ring`.
     Source: arXiv 2309.14509, sec. 3; both together, Fang and Zhao, arXiv 2405.07719.
     """
     check_parts(q, k, v)
+    if ring is None and attend is not ring_attention:
+        raise ValueError("attend: expected a ring that it goes along, got ring=None")
     num_kv_heads = k.shape[1]
     if comm.size > num_kv_heads and comm.size % num_kv_heads == 0:
         k, v = (repeat_kv(x, comm.size // num_kv_heads) for x in (k, v))
     q, k, v = (heads_from_positions(x, comm) for x in (q, k, v))
-    if ring is None:
-        options = kernel.options(q)
-        out = flash_attention(q, k, v, is_causal=kernel.is_causal, **options)
-    else:
-        out = attend(q, k, v, ring, kernel)
+    out = _in_order(q, k, v, comm, kernel) if ring is None else attend(q, k, v, ring, kernel)
     return positions_from_heads(out, comm)
+
+
+def _in_order(q: Tensor, k: Tensor, v: Tensor, comm: Comm, kernel: Kernel) -> Tensor:
+    """Attention of some heads at all positions, which stand as the ranks had them."""
+    held = [positions(kernel.layout, q.shape[2], rank, comm.size) for rank in range(comm.size)]
+    place = torch.cat(held).to(q.device)
+    if is_moved := kernel.is_causal and kernel.layout != "contiguous":
+        q, k, v = (x.index_select(2, place.argsort()) for x in (q, k, v))
+    out = flash_attention(q, k, v, is_causal=kernel.is_causal, **kernel.options(q))
+    return out.index_select(2, place) if is_moved else out
 
 
 class _HeadsFromPositions(torch.autograd.Function):

@@ -15,11 +15,12 @@ Papers: Llama 3, 2407.21783, sec. 3.3.2; Ulysses x Ring, 2405.07719.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from reference.attention.dot_product import Mask
@@ -28,10 +29,13 @@ from reference.parallel.context.layout import Layout, positions
 from reference.parallel.context.partial import Kernel
 from reference.parallel.context.ring import ring_attention
 from reference.parallel.context.ulysses import ulysses_attention
+from reference.parallel.data_parallel import TokenMean, token_mean
+from reference.parallel.options import one_of
 from reference.parallel.ranks import Comm
 from reference.transformer import Llama
+from reference.transformer.loss import IGNORED
 
-IGNORE_INDEX = -100
+Keys = Literal["ring", "gathered"]
 
 
 class ContextParallel:
@@ -41,9 +45,10 @@ class ContextParallel:
     divide heads between them; keys go along columns, round a ring or gathered.
 
     num_ulysses=1            ring attention, or gathered keys, alone
-    num_ulysses=comm.size    Ulysses alone
+    num_ulysses=comm.size    Ulysses alone: a ring of one rank, whose layouts are all in order
 
-    Raises: ValueError where num_ulysses does not divide the number of ranks.
+    Raises: ValueError where num_ulysses does not divide the number of ranks; for an unknown layout
+    or way of keys, or a block below 1.
     """
 
     def __init__(
@@ -52,7 +57,7 @@ class ContextParallel:
         *,
         num_ulysses: int = 1,
         layout: Layout = "zigzag",
-        keys: Literal["ring", "gathered"] = "ring",
+        keys: Keys = "ring",
         block_size: int = 256,
     ) -> None:
         if num_ulysses < 1 or comm.size % num_ulysses:
@@ -60,8 +65,7 @@ class ContextParallel:
                 f"num_ulysses: expected a divisor of {comm.size}, the number of ranks, got "
                 f"{num_ulysses}"
             )
-        if keys not in ("ring", "gathered"):
-            raise ValueError(f"keys: expected ring or gathered, got {keys!r}")
+        one_of("keys", keys, Keys)
         mesh = comm.mesh(cp_ring=comm.size // num_ulysses, cp_ulysses=num_ulysses)
         self.comm, self.ring, self.ulysses = comm, mesh.cp_ring, mesh.cp_ulysses
         self.kernel = Kernel(is_causal=True, layout=layout, block_size=block_size)
@@ -100,9 +104,11 @@ class ContextParallel:
             raise ValueError("mask: expected None, causal by position; pack texts of equal length")
         if self.ulysses.size == 1:
             return self._attend(q, k, v, self.ring, self.kernel)
-        ring = None if self.ring.size == 1 else self.ring
+        if self.ring.size == 1:  # its one rank's part is the text in order
+            in_order = replace(self.kernel, layout="contiguous")
+            return ulysses_attention(q, k, v, self.ulysses, in_order)
         return ulysses_attention(
-            q, k, v, self.ulysses, self.kernel, ring=ring, attend=self._attend
+            q, k, v, self.ulysses, self.kernel, ring=self.ring, attend=self._attend
         )  # fmt: skip
 
     def logits(self, model: Llama, tokens: Int[Tensor, "B t"]) -> Float[Tensor, "B t V"]:
@@ -124,26 +130,33 @@ class ContextParallel:
         return model.logits(x)
 
     def share_of_mean(
-        self, losses: Float[Tensor, ...], is_counted: Tensor | None = None
+        self,
+        losses: Float[Tensor, ...],
+        is_counted: Bool[Tensor, ...] | None = None,
+        mean: TokenMean | None = None,
     ) -> Float[Tensor, ""]:
         """This rank's share of the mean over all ranks' tokens; shares add up to the mean.
 
         `is_counted` leaves tokens out, padding for instance. Backward of the shares gives parts of
-        the gradient, for `sum_gradients`. Zero where nobody counts any token.
+        the gradient, for `sum_gradients`. Zero where nobody counts any token. `mean` is that of a
+        step of which this text is a part; without it, the text is all.
         """
         if is_counted is None:
             is_counted = torch.ones_like(losses, dtype=torch.bool)
-        count = self.comm.all_reduce(is_counted.sum())
-        return losses.masked_fill(~is_counted, 0).sum() / count.clamp(min=1)
+        return (mean or token_mean(is_counted, self.comm)).share(losses, is_counted)
 
     def loss(
-        self, logits: Float[Tensor, "B t V"], targets: Int[Tensor, "B t"]
+        self,
+        logits: Float[Tensor, "B t V"],
+        targets: Int[Tensor, "B t"],
+        mean: TokenMean | None = None,
     ) -> Float[Tensor, ""]:
         """This rank's share of the mean cross-entropy; targets of -100 do not count."""
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX
+            wide.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
         )
-        return self.share_of_mean(losses, targets.flatten() != IGNORE_INDEX)
+        return (mean or token_mean(targets, self.comm)).share(losses, targets)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up the parts that ranks have found: all have the gradient of the whole text."""

@@ -6,10 +6,14 @@
         loss_of(ddp, rows_of(batch)).backward()     # .grad is the mean over ranks
         optimizer.step()
 
+Where ranks or micro-batches have different numbers of counted tokens the loss is a share of one
+mean: token_mean(targets, comm, averaged_by=comm.size).share(losses, targets).
+
 all_reduce    star, tree, ring, gossip from messages, and what each costs
 buckets       which gradients travel together
 ddp           hooks, buckets, overlap, no_sync, unused parameters, buffers
 graph         which parameters a result depends on
+token_mean    one mean over all tokens that count, whoever holds them
 batch_norm    statistics over the rows of all ranks
 uneven        ranks that run out of data
 one_process   nn.DataParallel, told as messages
@@ -48,6 +52,7 @@ from reference.parallel.data_parallel.restart import (
     save_replica,
 )
 from reference.parallel.data_parallel.sampler import rows_of_rank, rows_of_step
+from reference.parallel.data_parallel.token_mean import TokenMean, token_mean
 from reference.parallel.data_parallel.transparent import Transparent, check_learning
 from reference.parallel.data_parallel.uneven import uneven
 
@@ -59,6 +64,7 @@ __all__ = [
     "AllReduceCost",
     "Restarted",
     "SyncBatchNorm",
+    "TokenMean",
     "Transparent",
     "all_reduce_cost",
     "check_learning",
@@ -77,6 +83,7 @@ __all__ = [
     "run_with_restarts",
     "save_replica",
     "star_all_reduce",
+    "token_mean",
     "tree_all_reduce",
     "uneven",
 ]

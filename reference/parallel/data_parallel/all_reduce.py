@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from reference.parallel.options import at_least, one_of
 from reference.parallel.ranks import Comm, Link
 
 
@@ -120,10 +121,8 @@ def all_reduce_cost(algorithm: str, world_size: int, num_bytes: float) -> AllRed
     Raises: ValueError for an unknown algorithm or a world below 1.
     Source: the table of this module.
     """
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}; got {algorithm!r}")
-    if world_size < 1:
-        raise ValueError(f"world_size: expected at least 1, got {world_size}")
+    one_of("algorithm", algorithm, ALGORITHMS)
+    at_least(1, [("world_size", world_size)])
     n, levels = world_size, math.ceil(math.log2(world_size))
     return {
         "star": AllReduceCost(2 * (n - 1), num_bytes, (n - 1) * num_bytes),

@@ -176,7 +176,8 @@ class DDP(Transparent):
 
     def _hook(self, bucket: Bucket) -> Callable[[Tensor], None]:
         def arrived(parameter: Tensor) -> None:
-            self._used.add(parameter)  # type: ignore[arg-type]
+            if parameter.grad is not None:  # a node may be reached, and have nothing to say
+                self._used.add(parameter)  # type: ignore[arg-type]
             if self._is_expecting:
                 self._expect_end()
                 bucket.arrived.add(parameter)  # type: ignore[arg-type]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from reference.parallel.options import at_least
+
 
 def rows_of_rank(
     num_rows: int,
@@ -26,10 +28,9 @@ def rows_of_rank(
 
     Raises: ValueError for a rank outside of the world, or no rows.
     """
+    at_least(1, [("world_size", world_size), ("num_rows", num_rows)])
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
-    if num_rows < 1:
-        raise ValueError(f"num_rows: expected at least 1, got {num_rows}")
     order = list(range(num_rows))
     if is_shuffled:
         generator = torch.Generator().manual_seed(seed + epoch)
@@ -47,8 +48,11 @@ def rows_of_step(
     The batch is the same set of rows on 1 rank and on 64, so that a run may go on with another
     number of ranks and see the same data. Batches do not cross epochs; the rest is skipped.
 
-    Raises: ValueError where batch_rows does not divide by world_size or exceeds num_rows.
+    Raises: ValueError where batch_rows does not divide by world_size or exceeds num_rows; for a
+    step below 0 or a rank outside of the world.
     """
+    at_least(1, [("world_size", world_size)])
+    at_least(0, [("step", step)])
     if batch_rows % world_size or not 0 < batch_rows <= num_rows:
         raise ValueError(
             f"batch_rows: expected a multiple of {world_size}, the number of ranks, up to "

@@ -2,16 +2,17 @@
 
     schedule = one_f_one_b(comm.size, num_micro)
     stages = split_llama(model, comm.rank, comm.size)
-    pipeline = Pipeline(comm, stages, schedule, loss_of)
+    pipeline = Pipeline(comm, stages, schedule, losses_of)
     pipeline.step(tokens, targets)      # gradients are in stages' parameters
 
-schedules    who does what in which order, as data: GPipe, 1F1B, interleaved, ZB-H1
-timing       what a schedule costs: event by event, and in closed form
-deferred     a backward in two halves: inputs now, weights later
-executor     a schedule carried out over messages
-partition    a Llama as stages
-recompute    forget activations, and compute them again: all, or attention's alone
-topology     who talks to whom when pipeline, tensor, context and data parallelism compose
+schedules      who does what in which order, as data: GPipe, 1F1B, interleaved, ZB-H1
+timing         what a schedule costs: event by event, and in closed form
+deferred       a backward in two halves: inputs now, weights later
+executor       a schedule carried out over messages
+partition      a Llama as stages
+recompute      forget activations, and compute them again: all, or attention's alone
+circumstances  what a second run must find as the first one did
+topology       who talks to whom when pipeline, tensor, context and data parallelism compose
 
 Letters: p ranks of the pipeline, m micro-batches, v stages a rank (chunks).
 """

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from reference.parallel.zero import same_pass
+
 
 class WeightGradients:
     """Products that B has put off, by micro-batch. `micro` is the one under way."""
@@ -35,7 +37,8 @@ class WeightGradients:
         waiting = self._waiting.pop(micro, [])
         while waiting:
             weight, x, grad = waiting.pop(0)
-            torch.autograd.backward(weight, grad.flatten(0, -2).T @ x.flatten(0, -2))
+            with same_pass():
+                torch.autograd.backward(weight, grad.flatten(0, -2).T @ x.flatten(0, -2))
 
     def defer(self, module: nn.Module) -> None:
         """Let all linear layers inside put their weights' gradients here. Biases are not put off.

@@ -1,6 +1,6 @@
 """A schedule carried out: each rank does its actions, and messages bring what they need.
 
-    F   receive x, y = stage(x), send y          the last stage: loss(y) / m
+    F   receive x, y = stage(x), send y          the last stage: its share of the mean loss
     B   receive dy, backward from y, send dx     or, split, without the weights
     W   the weights' gradients
 
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reference.parallel.data_parallel import TokenMean, token_mean
 from reference.parallel.pipeline.deferred import WeightGradients
-from reference.parallel.pipeline.schedules import Action, Schedule
+from reference.parallel.pipeline.schedules import Action, Schedule, check_schedule
 from reference.parallel.ranks import Comm, Handle
 
 LossOf = Callable[[Tensor, Tensor], Tensor]
@@ -29,9 +30,10 @@ LossOf = Callable[[Tensor, Tensor], Tensor]
 class Pipeline:
     """This rank's stages, and the schedule.
 
-    `stages` are this rank's, stage rank + c p the c-th. `loss_of(output, target)` is a mean over
-    the micro-batch. `like(micro_inputs)` gives an empty tensor of the shape that goes from stage to
-    stage; by default (B, T, D) of a stage's Llama.
+    `stages` are this rank's, stage rank + c p the c-th. `loss_of(output, target)` gives a loss for
+    each of a micro-batch's targets, not their mean: micro-batches may count different numbers.
+    `like(micro_inputs)` gives an empty tensor of the shape that goes from stage to stage; by
+    default (B, T, D) of a stage's Llama.
 
     Raises: ValueError where comm, stages and schedule do not fit each other.
     """
@@ -53,6 +55,7 @@ class Pipeline:
             raise ValueError(
                 f"stages: expected {schedule.num_chunks}, the schedule's chunks, got {len(stages)}"
             )
+        check_schedule(schedule)
         self.comm, self.stages, self.schedule, self.loss_of = comm, stages, schedule, loss_of
         self.like = like or _stream_of(stages[0])
         self.weights = [WeightGradients() for _ in stages]
@@ -60,14 +63,16 @@ class Pipeline:
             for stage, weights in zip(stages, self.weights, strict=True):
                 weights.defer(stage)
 
-    def step(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
+    def step(self, inputs: Tensor, targets: Tensor, mean: TokenMean | None = None) -> Tensor | None:
         """Gradients of the mean loss over the batch, added to the parameters'; the loss, detached,
         on the last stage's rank, None elsewhere.
 
         Every rank gives the batch (only the first stage reads inputs, only the last targets); it is
-        divided into m equal micro-batches along dimension 0.
+        divided into m equal micro-batches along dimension 0. Targets of -100 do not count. Where
+        other ranks have more of the step's tokens, `mean` is that of all: token_mean(targets,
+        mesh["dp", "cp"]); the loss is then this pipeline's share of it.
 
-        Raises: ValueError where the batch does not divide.
+        Raises: ValueError where the batch does not divide, or losses are not one for each target.
         """
         num_micro = self.schedule.num_micro
         if inputs.shape[0] % num_micro or targets.shape[0] % num_micro:
@@ -75,13 +80,14 @@ class Pipeline:
                 f"inputs, targets: expected a multiple of {num_micro} micro-batches, got "
                 f"{inputs.shape[0]} and {targets.shape[0]} rows"
             )
-        return _Step(self, inputs.chunk(num_micro), targets.chunk(num_micro)).run()
+        mean = token_mean(targets) if mean is None else mean
+        return _Step(self, inputs.chunk(num_micro), targets.chunk(num_micro), mean).run()
 
 
 class _Step:
-    def __init__(self, pipeline: Pipeline, inputs: Any, targets: Any) -> None:
+    def __init__(self, pipeline: Pipeline, inputs: Any, targets: Any, mean: TokenMean) -> None:
         self.of, self.comm = pipeline, pipeline.comm
-        self.inputs, self.targets = inputs, targets
+        self.inputs, self.targets, self.mean = inputs, targets, mean
         self.num_stages = pipeline.schedule.num_stages
         self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.local: dict[Action, Tensor] = {}
@@ -104,14 +110,14 @@ class _Step:
             self.forget_sends()
         for _, handle in self.sends:
             handle.wait()
-        return torch.stack(self.losses).mean() if self.losses else None
+        return torch.stack(self.losses).sum() if self.losses else None
 
     def forward(self, action: Action, received: Tensor | None) -> None:
         _, stage, micro = action
         x = self.inputs[micro] if received is None else received.requires_grad_()
         y = self.of.stages[stage // self.comm.size](x)
         if stage + 1 == self.num_stages:
-            y = self.of.loss_of(y, self.targets[micro])
+            y = self.mean.share(self.of.loss_of(y, self.targets[micro]), self.targets[micro])
             self.losses.append(y.detach())
         else:
             self.send(Action("F", stage + 1, micro), y.detach())
@@ -121,8 +127,6 @@ class _Step:
         _, stage, micro = action
         x, y = self.kept.pop((stage, micro))
         self.of.weights[stage // self.comm.size].micro = micro
-        if received is None:
-            received = torch.full_like(y, 1 / self.of.schedule.num_micro)
         torch.autograd.backward(y, received)
         if stage > 0:
             assert x.grad is not None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from reference.attention import causal_mask, scaled_dot_product_attention
 from reference.attention.layer import Attend
 from reference.parallel.context import ContextParallel
+from reference.parallel.options import at_least, one_of
 from reference.parallel.pipeline.recompute import recompute, recomputed
 from reference.parallel.ranks import Comm
 from reference.transformer import Llama
@@ -59,8 +60,7 @@ class LlamaStage(nn.Module):
         context: ContextParallel | None = None,
     ) -> None:
         super().__init__()
-        if recompute not in ("none", "selective", "full"):
-            raise ValueError(f"recompute: expected none, selective or full, got {recompute!r}")
+        one_of("recompute", recompute, Recompute)
         num_layers = model.config.num_layers
         self.is_first, self.is_last = layers.start == 0, layers.stop == num_layers
         self.kind, self.context = recompute, context
@@ -101,7 +101,7 @@ class LlamaStage(nn.Module):
         attend: Attend,
     ) -> Tensor:
         if self.kind == "full":
-            return recompute(lambda x: layer(x, mask, rotate=rotate, attend=attend), x)
+            return recompute(layer, x, mask, rotate=rotate, attend=attend)
         if self.kind == "selective":
             attend = recomputed(attend)
         return layer(x, mask, rotate=rotate, attend=attend)
@@ -122,6 +122,7 @@ def split_llama(
 
     Raises: ValueError for more stages than layers, or a rank outside of the pipeline.
     """
+    at_least(1, [("num_ranks", num_ranks), ("num_chunks", num_chunks)])
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank: expected 0 to {num_ranks - 1}, got {rank}")
     layers = layers_of_stages(model.config.num_layers, num_ranks * num_chunks)

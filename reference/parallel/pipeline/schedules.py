@@ -11,7 +11,10 @@ Papers: GPipe, 1811.06965; 1F1B without flush, PipeDream, 1806.03377; with flush
 Narayanan et al., 2104.04473, sec. 2.2; zero bubble, 2401.10241, sec. 2.
 """
 
+from collections import Counter
 from typing import Literal, NamedTuple
+
+from reference.parallel.options import at_least
 
 Kind = Literal["F", "B", "W"]
 
@@ -46,7 +49,7 @@ class Schedule(NamedTuple):
     @property
     def is_split(self) -> bool:
         """Whether weights' gradients have actions of their own."""
-        return any(action.kind == "W" for action in self.actions[0])
+        return any(action.kind == "W" for row in self.actions for action in row)
 
 
 def gpipe(num_ranks: int, num_micro: int) -> Schedule:
@@ -85,8 +88,7 @@ def interleaved(num_ranks: int, num_micro: int, num_chunks: int) -> Schedule:
     Source: Narayanan et al., arXiv 2104.04473, sec. 2.2; the order is Megatron-LM's.
     """
     _check(num_ranks, num_micro)
-    if num_chunks < 1:
-        raise ValueError(f"num_chunks: expected at least 1, got {num_chunks}")
+    at_least(1, [("num_chunks", num_chunks)])
     if num_micro % num_ranks:
         raise ValueError(
             f"num_micro: expected a multiple of {num_ranks}, the number of ranks, got {num_micro}"
@@ -132,6 +134,32 @@ def zero_bubble_h1(num_ranks: int, num_micro: int) -> Schedule:
     return _schedule("ZB-H1", num_micro, 1, actions)
 
 
+def check_schedule(schedule: Schedule) -> None:
+    """Refuse one that leaves an action out, has one twice, or has it on another rank.
+
+    Raises: ValueError with the actions.
+    """
+    kinds: tuple[Kind, ...] = ("F", "B", "W") if schedule.is_split else ("F", "B")
+    for rank, row in enumerate(schedule.actions):
+        stages = range(rank, schedule.num_stages, schedule.num_ranks)
+        expected = Counter(
+            Action(kind, stage, micro)
+            for kind in kinds for stage in stages for micro in range(schedule.num_micro)
+        )  # fmt: skip
+        found = Counter(row)
+        if found != expected:
+            missing, extra = expected - found, found - expected
+            raise ValueError(
+                f"schedule: expected each of {', '.join(kinds)} once for each of rank {rank}'s "
+                f"stages and micro-batches; missing {_some(missing)}, too many {_some(extra)}"
+            )
+
+
+def _some(actions: Counter[Action]) -> str:
+    words = [str(action) for action in list(actions)[:4]]
+    return ", ".join(words) + (", ..." if len(actions) > 4 else "") or "none"
+
+
 def _warm_up_then_pairs(
     forwards: list[Action], backwards: list[Action], warm_up: int
 ) -> list[Action]:
@@ -143,9 +171,7 @@ def _warm_up_then_pairs(
 
 
 def _check(num_ranks: int, num_micro: int) -> None:
-    for name, value in (("num_ranks", num_ranks), ("num_micro", num_micro)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    at_least(1, [("num_ranks", num_ranks), ("num_micro", num_micro)])
 
 
 def _schedule(name: str, num_micro: int, num_chunks: int, actions: list[list[Action]]) -> Schedule:

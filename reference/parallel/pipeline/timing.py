@@ -16,8 +16,10 @@ Papers: Narayanan et al., 2104.04473, sec. 2.2; zero bubble, 2401.10241, table 2
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from reference.parallel.pipeline.schedules import Action, Schedule
+from reference.parallel.options import at_least, one_of
+from reference.parallel.pipeline.schedules import Action, Schedule, check_schedule
 
+NAMES = ("GPipe", "1F1B", "interleaved", "ZB-H1")
 UNITS: Mapping[str, float] = {"F": 1.0, "B": 2.0, "W": 0.0}
 SPLIT_UNITS: Mapping[str, float] = {"F": 1.0, "B": 1.0, "W": 1.0}
 
@@ -39,11 +41,17 @@ def simulate(
     By default F = 1 and B = 2, or F = B = W = 1 where the schedule has W; with v stages a rank each
     has the 1/v-th. A message between ranks takes `message_seconds`.
 
-    Raises: ValueError for a schedule in which actions wait for each other.
+    Raises: ValueError for a schedule in which actions wait for each other, that has not each
+    action once, or whose actions have no time; for times below 0.
     """
+    check_schedule(schedule)
     if seconds is None:
         whole = SPLIT_UNITS if schedule.is_split else UNITS
         seconds = {kind: time / schedule.num_chunks for kind, time in whole.items()}
+    kinds = {action.kind for row in schedule.actions for action in row}
+    if not kinds <= set(seconds) <= {"F", "B", "W"}:
+        raise ValueError(f"seconds: expected of {', '.join(sorted(kinds))}, got {dict(seconds)}")
+    _check_times(**seconds, message_seconds=message_seconds)
     ends: dict[Action, float] = {}
     done: list[Timed] = []
     nexts, free = [0] * schedule.num_ranks, [0.0] * schedule.num_ranks
@@ -66,6 +74,12 @@ def simulate(
     return sorted(done, key=lambda timed: (timed.start_seconds, timed.rank))
 
 
+def _check_times(**seconds: float) -> None:
+    for name, time in seconds.items():
+        if not time >= 0:
+            raise ValueError(f"{name}: expected seconds from 0 on, got {time}")
+
+
 def _ready_seconds(
     action: Action, schedule: Schedule, ends: Mapping[Action, float], message_seconds: float
 ) -> float | None:
@@ -86,7 +100,12 @@ def _ready_seconds(
 
 
 def in_flight(schedule: Schedule, rank: int) -> list[int]:
-    """How many stages' activations the rank keeps after each of its actions."""
+    """How many stages' activations the rank keeps after each of its actions.
+
+    Raises: ValueError for a rank that the schedule has not.
+    """
+    if not 0 <= rank < schedule.num_ranks:
+        raise ValueError(f"rank: expected 0 to {schedule.num_ranks - 1}, got {rank}")
     frees = "W" if schedule.is_split else "B"
     alive, counts = 0, []
     for action in schedule.actions[rank]:
@@ -112,22 +131,33 @@ def bubble_seconds(
     `forward`, `backward` and `weight` are the times of one micro-batch on all stages of a rank;
     `backward` is the whole of it where weight is 0. ZB-H1's needs weight <= forward, backward.
 
-    Raises: ValueError for a schedule that is not one of GPipe, 1F1B, interleaved, ZB-H1.
+    Raises: ValueError for a schedule that is not one of GPipe, 1F1B, interleaved, ZB-H1, chunks
+    of another than interleaved, a weight above the others for ZB-H1, counts below 1, times below 0.
     Source: arXiv 2104.04473, sec. 2.2; ZB-H1: arXiv 2401.10241, table 2.
     """
+    one_of("name", name, NAMES)
+    at_least(1, [("num_ranks", num_ranks), ("num_chunks", num_chunks)])
+    _check_times(forward=forward, backward=backward, weight=weight)
+    if num_chunks > 1 and name != "interleaved":
+        raise ValueError(f"num_chunks: expected 1 for {name}, got {num_chunks}; see interleaved")
+    if name == "ZB-H1" and weight > min(forward, backward):
+        raise ValueError(
+            f"weight: expected at most {min(forward, backward)}, as forward and backward, got "
+            f"{weight}; simulate such a schedule"
+        )
     together = forward + backward + weight
     if name in ("GPipe", "1F1B"):
         return (num_ranks - 1) * together
     if name == "interleaved":
         return (num_ranks - 1) * together / num_chunks
-    if name == "ZB-H1":
-        return (num_ranks - 1) * (together - 2 * weight)
-    raise ValueError(f"name: expected GPipe, 1F1B, interleaved or ZB-H1, got {name!r}")
+    return (num_ranks - 1) * (together - 2 * weight)
 
 
 def bubble_fraction(num_ranks: int, num_micro: int, num_chunks: int = 1) -> float:
     """Bubble over ideal time, (p - 1) / (v m): GPipe, 1F1B, and interleaved where v > 1.
 
+    Raises: ValueError for counts below 1.
     Source: Narayanan et al., arXiv 2104.04473, sec. 2.2.
     """
+    at_least(1, [("num_ranks", num_ranks), ("num_micro", num_micro), ("num_chunks", num_chunks)])
     return (num_ranks - 1) / (num_chunks * num_micro)

@@ -19,6 +19,8 @@ import itertools
 import math
 from collections.abc import Mapping
 
+from reference.parallel.options import at_least
+
 
 def groups_along(sizes: Mapping[str, int], *axes: str) -> list[list[int]]:
     """The groups of ranks that differ along `axes` alone, in a grid whose last axis is fastest.
@@ -27,9 +29,7 @@ def groups_along(sizes: Mapping[str, int], *axes: str) -> list[list[int]]:
 
     Raises: ValueError for a size below 1; KeyError for an axis that is not in the grid.
     """
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
+    at_least(1, sizes.items())
     unknown = set(axes) - set(sizes)
     if unknown or not axes:
         raise KeyError(f"{sorted(unknown)}: expected axes of the grid, {', '.join(sizes)}")

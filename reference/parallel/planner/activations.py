@@ -17,7 +17,8 @@ float32 (4), the gradients after and before it (4 + 4). Vocabulary-parallel, in 
 Papers: Korthikanti et al., 2205.05198, sec. 4; chapter 13 for the table of a GPT layer.
 """
 
-from reference.parallel.planner.plans import Batch, Plan
+from reference.parallel.options import one_of
+from reference.parallel.planner.plans import Batch, Plan, Recompute
 from reference.parallel.planner.shapes import ModelShape
 from reference.parallel.tensor import layer_activation_bytes
 
@@ -25,8 +26,12 @@ LOGIT_BYTES, PARALLEL_LOGIT_BYTES = 14, 10
 
 
 def layer_bytes(model: ModelShape, plan: Plan, batch: Batch, *, recompute: str = "") -> float:
-    """What one layer keeps of one micro-batch; `recompute` in place of the plan's."""
+    """What one layer keeps of one micro-batch; `recompute` in place of the plan's.
+
+    Raises: ValueError for another kind of recomputation.
+    """
     kind = recompute or plan.recompute
+    one_of("recompute", kind, Recompute)
     if kind == "full":
         shares = plan.tensor if plan.sequence_parallel else 1
         return 2.0 * plan.tokens(batch) * model.dim / shares

@@ -14,11 +14,13 @@ Efficiency is one set of numbers for each generation of GPU, for all models and 
 Latencies and the alpha-beta model are the simulated machine's (reference.parallel.ranks.cost).
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import torch
 
+from reference.parallel.options import above_zero, at_least
 from reference.parallel.ranks import DGX_A100, DGX_H100, Group, Hardware, Link
 from reference.parallel.ranks.calls import Call
 from reference.parallel.ranks.cost import seconds as seconds_of_calls
@@ -28,12 +30,24 @@ _PROBE_BYTES = 1 << 40  # far above every latency; a meta tensor of this size ta
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of the peak; see the module's docstring for where each comes from."""
+    """Shares of the peak; see the module's docstring for where each comes from.
+
+    Raises: ValueError for a share that is not above 0 and at most 1.
+    """
 
     matmul: float
     attention: float
     memory: float = 0.85
     link: float = 0.77
+
+    def __post_init__(self) -> None:
+        _check_shares([(field.name, getattr(self, field.name)) for field in fields(self)])
+
+
+def _check_shares(shares: Iterable[tuple[str, float]]) -> None:
+    for name, share in shares:
+        if not 0 < share <= 1:
+            raise ValueError(f"{name}: expected a share above 0 and at most 1, got {share}")
 
 
 PERFECT = Efficiency(1.0, 1.0, 1.0, 1.0)  # the virtual clock of the simulated machine
@@ -46,6 +60,8 @@ class Cluster:
     """`num_gpus` of one kind. `host_...`: a GPU's share of the CPU's memory and its bandwidth.
 
     `usable_share` of a GPU's memory is left by the CUDA context, NCCL and fragmentation.
+
+    Raises: ValueError for counts below 1, rates that are not above 0, a share that is none.
     """
 
     hardware: Hardware
@@ -57,8 +73,10 @@ class Cluster:
     usable_share: float = 0.94
 
     def __post_init__(self) -> None:
-        if self.num_gpus < 1:
-            raise ValueError(f"num_gpus: expected at least 1, got {self.num_gpus}")
+        at_least(1, [("num_gpus", self.num_gpus)])
+        rates = ("memory_bytes_per_second", "host_bytes_per_second", "host_memory_bytes")
+        above_zero([(name, getattr(self, name)) for name in rates])
+        _check_shares([("usable_share", self.usable_share)])
 
     @property
     def flops_per_second(self) -> float:

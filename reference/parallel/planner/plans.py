@@ -7,6 +7,7 @@ group lies within a node where it has no more ranks than one, and stages are far
 from dataclasses import dataclass
 from typing import Literal
 
+from reference.parallel.options import at_least, one_of
 from reference.parallel.planner.cluster import Cluster
 from reference.parallel.planner.shapes import ModelShape
 
@@ -17,10 +18,16 @@ Kernel = Literal["eager", "fused"]
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on."""
+    """What one step trains on.
+
+    Raises: ValueError for counts below 1.
+    """
 
     num_sequences: int
     seq_len: int
+
+    def __post_init__(self) -> None:
+        at_least(1, [("num_sequences", self.num_sequences), ("seq_len", self.seq_len)])
 
     @property
     def num_tokens(self) -> int:
@@ -35,7 +42,10 @@ class Plan:
     sequences. `num_chunks` stages stand on each rank of an interleaved pipeline. `is_offloaded`:
     the optimizer and its states are the host's. `attention`: "eager" writes the s x s weights,
     "fused" never does. `is_overlapped`: gradients travel while backward runs (ZeRO-3 always
-    prefetches).
+    prefetches, and has no other way).
+
+    Raises: ValueError for a schedule, a kind of recomputation or of attention that there is not, or
+    gradients below a byte. Sizes that do not fit are `misfits`.
     """
 
     data: int = 1
@@ -52,6 +62,12 @@ class Plan:
     attention: Kernel = "fused"
     is_overlapped: bool = True
     gradient_bytes: int = 2
+
+    def __post_init__(self) -> None:
+        one_of("schedule", self.schedule, Schedule)
+        one_of("recompute", self.recompute, Recompute)
+        one_of("attention", self.attention, Kernel)
+        at_least(1, [("gradient_bytes", self.gradient_bytes)])
 
     @property
     def num_gpus(self) -> int:
@@ -114,8 +130,10 @@ def _arrangement(plan: Plan, cluster: Cluster) -> list[str]:
         found.append(f"{plan.num_chunks} chunks: only the interleaved schedule has them")
     if plan.context > 1 and plan.attention != "fused":
         found.append("context parallelism: needs fused attention, which merges partial softmaxes")
-    if plan.zero_stage >= 2 and plan.pipeline > 1 and not plan.is_overlapped:
-        found.append("ZeRO-2 and 3 in a pipeline: only with overlap")
+    if plan.zero_stage == 2 and plan.pipeline > 1 and not plan.is_overlapped:
+        found.append("ZeRO-2 in a pipeline: only with overlap")
+    if plan.zero_stage == 3 and not plan.is_overlapped:
+        found.append("ZeRO-3: only with overlap; it prefetches")
     return found
 
 

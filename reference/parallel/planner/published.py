@@ -129,7 +129,9 @@ def _narayanan_2() -> list[Run]:
                     MEGATRON, data=gpus // (8 * p), tensor=8, pipeline=p, micro_batch=micro
                 )
             else:
-                plan = replace(MEGATRON, data=gpus, zero_stage=3, micro_batch=micro)
+                plan = replace(
+                    MEGATRON, data=gpus, zero_stage=3, micro_batch=micro, is_overlapped=True
+                )
             runs.append(_of_tflops(
                 f"Narayanan, table 2, {way}", f"{name} on {gpus}", model, plan,
                 Batch(sequences, 2048), tflops=tflops,

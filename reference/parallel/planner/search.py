@@ -8,6 +8,7 @@ need not divide. Memory is asked before time.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from reference.parallel.options import at_least
 from reference.parallel.planner.cluster import Cluster
 from reference.parallel.planner.memory import Memory, memory_bytes
 from reference.parallel.planner.plans import Batch, Plan, misfits
@@ -91,7 +92,15 @@ def rank_plans(
 
     `max_context`: context ranks to try. `max_tensor`: tensor ranks, at most a node's by default; a
     larger number shows what a slow network does.
+
+    Raises: ValueError for ranks below 1 (`max_tensor`: below 0), or next to `plans`.
     """
+    at_least(1, [("max_context", max_context)])
+    at_least(0, [("max_tensor", max_tensor)])
+    if plans is not None and (max_context, max_tensor) != (1, 0):
+        raise ValueError(
+            "max_context, max_tensor: expected none next to plans; they say what is searched"
+        )
     if plans is None:
         plans = list(candidates(model, cluster, batch, max_context, max_tensor))
     verdicts = [weigh(plan, model, cluster, batch) for plan in plans]

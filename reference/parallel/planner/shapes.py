@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from reference.activations import feed_forward_flops
 from reference.attention import projection_flops
+from reference.parallel.options import at_least
 from reference.transformer import LlamaConfig, gpt_parameters, llama_parameters
 
 
@@ -99,8 +100,10 @@ def gpt_shape(
 ) -> ModelShape:
     """A GPT-3 of any size: learned positions, biases, GELU of 4 D, tied head.
 
-    Raises: ValueError for a width that heads do not divide.
+    Raises: ValueError for a width that heads do not divide, or counts below 1.
     """
+    at_least(1, [("dim", dim), ("num_layers", num_layers), ("num_heads", num_heads),
+                 ("vocab_size", vocab_size), ("context", context)])  # fmt: skip
     if dim % num_heads:
         raise ValueError(f"dim: expected a multiple of num_heads={num_heads}, got {dim}")
     ends = {"dim": dim, "vocab_size": vocab_size, "context": context}

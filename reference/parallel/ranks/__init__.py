@@ -57,15 +57,16 @@ launch         run, run_one_rank                processes     gloo, NCCL, torchr
 
 from reference.parallel.ranks.calls import Group
 from reference.parallel.ranks.clock import Event
-from reference.parallel.ranks.collectives import REDUCTIONS, CollectiveMismatch
+from reference.parallel.ranks.collectives import CollectiveMismatch
 from reference.parallel.ranks.comm import Comm, Handle
+from reference.parallel.ranks.from_environment import comm_from_environment, comm_of
 from reference.parallel.ranks.hardware import CLASSROOM, DGX_A100, DGX_H100, Hardware, Link
 from reference.parallel.ranks.launch import Run, run, run_one_rank
 from reference.parallel.ranks.ledger import TrafficRow
 from reference.parallel.ranks.membership import Mesh
 from reference.parallel.ranks.memory import CATEGORIES, MemorySample, MemoryUse
 from reference.parallel.ranks.offload import to_device, to_host
-from reference.parallel.ranks.processes import comm_from_environment
+from reference.parallel.ranks.reductions import REDUCTIONS
 from reference.parallel.ranks.scheduler import Deadlock
 from reference.parallel.ranks.trace import Trace
 
@@ -90,6 +91,7 @@ __all__ = [
     "Trace",
     "TrafficRow",
     "comm_from_environment",
+    "comm_of",
     "run",
     "run_one_rank",
     "to_device",

@@ -4,17 +4,13 @@ A `Call` is all that the rest of the package needs to know: collectives reads wh
 what it sends and how long it takes, the doctor where it stands.
 """
 
-import linecache
-import sys
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-PACKAGE = str(Path(__file__).parent)
-Source = tuple[str, int, str]
+from reference.parallel.ranks.source import NOWHERE, Source, text
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,8 @@ class Call:
     input_splits: tuple[int, ...] | None = None
     output_splits: tuple[int, ...] | None = None
     value: Any = None
-    source: Source = ("", 0, "")
+    source: Source = NOWHERE
+    asked_by: Source = NOWHERE
     ready_seconds: float = 0.0
     sequence: int = 0
 
@@ -82,6 +79,11 @@ class Call:
         here = self.group_rank
         return (here, self.root) if self.operation == "send" else (self.root, here)
 
+    @property
+    def compared(self) -> Tensor | None:
+        """The tensor that must look alike on all ranks."""
+        return self.out if self.operation in ("scatter", "recv") else self.tensor
+
     def describe(self) -> str:
         """For instance: all_reduce(sum) of (4, 4) float32 at train.py:12: comm.all_reduce(x)."""
         name = self.operation
@@ -91,28 +93,11 @@ class Call:
             name += {"send": " to", "recv": " from"}.get(self.operation, " rooted at")
             name += f" rank {self.group.ranks[self.root]}"
             name += f" with tag {self.tag}" if self.tag else ""
-        tensor = self.out if self.operation in ("scatter", "recv") else self.tensor
+        tensor = self.compared
         if tensor is not None:
             name += f" of {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            name += "" if tensor.device.type == "cpu" else f" on {tensor.device}"
         if self.input_splits is not None:
             name += f", sending {self.input_splits} and expecting {self.output_splits}"
-        return f"{name} at {self._where()}"
-
-    def _where(self) -> str:
-        filename, line, function = self.source
-        text = linecache.getline(filename, line).strip()
-        return f"{Path(filename).name}:{line} in {function}" + (f": {text}" if text else "")
-
-
-def calling_line() -> Source:
-    """File, line and function of the innermost frame outside of this package.
-
-    A frame that carries out a call for another process names its place there as `asked_from`.
-    """
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
-        frame = frame.f_back
-    # f_locals keeps what it shows alive, so only there.
-    if "asked_from" in frame.f_code.co_varnames and frame.f_locals.get("asked_from"):
-        return tuple(frame.f_locals["asked_from"])
-    return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
+        asker = f" (asked by {self.asked_by[2]})" if self.asked_by[2] else ""
+        return f"{name}{asker} at {text(self.source)}"

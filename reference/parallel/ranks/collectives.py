@@ -20,26 +20,10 @@ import torch
 from torch import Tensor
 
 from reference.parallel.ranks.calls import Call
-
-REDUCTIONS: dict[str, Callable[..., Tensor]] = {
-    "sum": torch.add,
-    "mean": torch.add,
-    "product": torch.mul,
-    "min": torch.minimum,
-    "max": torch.maximum,
-}
-
+from reference.parallel.ranks.reductions import reduce_in_rank_order
 
 class CollectiveMismatch(RuntimeError):
     """Ranks met in one collective of a group with calls that do not fit each other."""
-
-
-def reduce_in_rank_order(tensors: Sequence[Tensor], reduction: str) -> Tensor:
-    """A new tensor: the reduction of all, from the first to the last. A mean divides at the end."""
-    total = tensors[0].clone(memory_format=torch.contiguous_format)
-    for tensor in tensors[1:]:
-        REDUCTIONS[reduction](total, tensor, out=total)
-    return total.div_(len(tensors)) if reduction == "mean" else total
 
 
 def combine(calls: Sequence[Call]) -> Any:
@@ -93,13 +77,14 @@ def disagreement(calls: Sequence[Call]) -> str | None:
     """The first thing about which the calls differ, in words, or None."""
     views: dict[str, Callable[[Call], Any]]
     if calls[0].is_message:
-        views = {"dtype": _dtype, "shape": _shape}
+        views = {"dtype": _dtype, "device": _device, "shape": _shape}
     else:
         views = {
             "operation": lambda c: c.operation,
             "root": lambda c: c.root,
             "reduction": lambda c: c.reduction,
             "dtype": _dtype,
+            "device": _device,
             "shape": _shape,
         }
     for what, view in views.items():
@@ -119,17 +104,16 @@ def _given(call: Call) -> Tensor:
     return call.tensor
 
 
-def _compared(call: Call) -> Tensor | None:
-    return call.out if call.operation in ("scatter", "recv") else call.tensor
-
-
 def _dtype(call: Call) -> torch.dtype | None:
-    tensor = _compared(call)
-    return None if tensor is None else tensor.dtype
+    return None if call.compared is None else call.compared.dtype
+
+
+def _device(call: Call) -> str | None:
+    return None if call.compared is None else call.compared.device.type
 
 
 def _shape(call: Call) -> tuple[int, ...] | None:
-    tensor = _compared(call)
-    if tensor is None:
+    if call.compared is None:
         return None
-    return tuple(tensor.shape[1:] if call.operation == "all_to_all" else tensor.shape)
+    shape = tuple(call.compared.shape)
+    return shape[1:] if call.operation == "all_to_all" else shape

@@ -13,28 +13,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference.parallel.ranks.calls import Call, calling_line
-from reference.parallel.ranks.collectives import REDUCTIONS
+from reference.parallel.ranks.calls import Call
+from reference.parallel.ranks.in_flight import InFlight, refusal
 from reference.parallel.ranks.membership import Membership, Rank
+from reference.parallel.ranks.reductions import check_reducible
+from reference.parallel.ranks.source import calling_line
 
 
 class Handle:
-    """An operation under way. Its result is there after `wait`, and not before."""
+    """An operation under way. Its result is there after `wait`, and not before.
+
+    Until then its tensors are the network's: a program that has written to one is told by `wait`.
+    """
 
     remote = ("wait", "is_completed")
 
-    def __init__(self, call: Call, me: Rank, result: Tensor | None) -> None:
+    def __init__(self, call: Call, me: Rank, result: Tensor | None, *, is_async: bool) -> None:
         self._call, self._me, self._result = call, me, result
         with me.meter.paused(), torch.no_grad():
             self._ticket = me.transport.start(call)
+            self._buffers = InFlight(call) if is_async else None
         me.unfinished[id(call)] = call
 
     def wait(self) -> Any:
-        """Wait for the end of the operation; returns the tensor with its result."""
+        """Wait for the end of the operation; returns the tensor with its result.
+
+        Raises: RuntimeError where the operation's tensors have been written to since its start.
+        """
         if self._me.unfinished.pop(id(self._call), None) is not None:
             with self._me.meter.paused(), torch.no_grad():
+                is_spoiled = self._buffers is not None and self._buffers.are_written_to()
                 self._me.transport.wait(self._call, self._ticket)
-            self._ticket = None
+            self._ticket = self._buffers = None
+            if is_spoiled:
+                raise refusal(self._call)
         return self._result
 
     def is_completed(self) -> bool:
@@ -48,7 +60,7 @@ class Comm(Membership):
     """One rank's end of a group. Made by `run`, `split` and `mesh`.
 
     Every rank of the group must call the same collective with the same shape and dtype, in the same
-    order. Reductions are "sum", "mean", "product", "min" and "max".
+    order. Reductions are "sum", "mean", "product", "min" and "max"; `reductions` says on which dtypes.
 
     Raises (all operations): ValueError and TypeError for arguments that cannot be right;
     CollectiveMismatch and Deadlock, which name each rank, its call and its line.
@@ -63,12 +75,12 @@ class Comm(Membership):
 
     def all_reduce(self, tensor: Tensor, op: str = "sum", *, async_op: bool = False) -> Any:
         """Reduce over all ranks, in place: afterwards all have the same."""
-        _check_reduction(tensor, op)
+        check_reducible(tensor, op)
         return self._do("all_reduce", tensor, tensor, async_op, reduction=op)
 
     def reduce(self, tensor: Tensor, dst: int, op: str = "sum", *, async_op: bool = False) -> Any:
         """Reduce to rank `dst`, in place there; the others' tensors stay as they are."""
-        _check_reduction(tensor, op)
+        check_reducible(tensor, op)
         out = tensor if self.rank == self._root("dst", dst) else None
         return self._do("reduce", tensor, out, async_op, tensor, reduction=op, root=dst)
 
@@ -94,7 +106,7 @@ class Comm(Membership):
         self, tensor: Tensor, op: str = "sum", *, out: Tensor | None = None, async_op: bool = False
     ) -> Any:
         """Reduce, and keep this rank's part of dimension 0: (N n, ...) -> (n, ...)."""
-        _check_reduction(tensor, op)
+        check_reducible(tensor, op)
         out = self._out(out, tensor, self._part(tensor))
         return self._do("reduce_scatter", tensor, out, async_op, reduction=op)
 
@@ -152,11 +164,11 @@ class Comm(Membership):
 
     def send(self, tensor: Tensor, dst: int, *, tag: int = 0) -> None:
         """Send to rank `dst`, and wait until it has been received."""
-        self.isend(tensor, dst, tag=tag).wait()
+        self._do("send", tensor, None, False, root=self._peer("dst", dst), tag=tag)
 
     def recv(self, tensor: Tensor, src: int, *, tag: int = 0) -> Tensor:
         """Receive from rank `src` into `tensor`; messages of one tag come in order."""
-        return self.irecv(tensor, src, tag=tag).wait()
+        return self._do("recv", None, tensor, False, root=self._peer("src", src), tag=tag)
 
     def isend(self, tensor: Tensor, dst: int, *, tag: int = 0) -> Handle:
         """As send, without waiting: leave the tensor alone until `wait`."""
@@ -175,19 +187,21 @@ class Comm(Membership):
         result: Tensor | None = None,
         **details: Any,
     ) -> Any:
+        source, asked_by = calling_line()
         call = Call(
             operation,
             self.group,
             self._me.rank,
             tensor=None if tensor is None else tensor.detach(),
             out=None if out is None else out.detach(),
-            source=calling_line(),
+            source=source,
+            asked_by=asked_by,
             ready_seconds=self.now_seconds,
             **details,
         )
         self._me.memory.refresh()
         self._me.traffic.record(call)
-        handle = Handle(call, self._me, out if result is None else result)
+        handle = Handle(call, self._me, out if result is None else result, is_async=async_op)
         return handle if async_op else handle.wait()
 
     def _out(self, out: Tensor | None, tensor: Tensor, rows: int) -> Tensor:
@@ -196,10 +210,10 @@ class Comm(Membership):
         if out is None:
             with self._me.memory.category("communication_buffers"):
                 return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-        if tuple(out.shape) != shape or out.dtype != tensor.dtype:
+        if (out.shape, out.dtype, out.device) != (shape, tensor.dtype, tensor.device):
             raise ValueError(
-                f"out: expected shape {shape} and {tensor.dtype}, "
-                f"got {tuple(out.shape)} and {out.dtype}"
+                f"out: expected shape {shape} and {tensor.dtype} on {tensor.device}, "
+                f"got {tuple(out.shape)} and {out.dtype} on {out.device}"
             )
         if self._me.meter.is_counting:
             self._me.memory.watch(out, is_elastic=True)
@@ -227,10 +241,3 @@ class Comm(Membership):
         if self._root(name, rank) == self.rank:
             raise ValueError(f"{name}: expected another rank than {rank}, which is this one")
         return rank
-
-
-def _check_reduction(tensor: Tensor, op: str) -> None:
-    if op not in REDUCTIONS:
-        raise ValueError(f"op: expected one of {', '.join(REDUCTIONS)}; got {op!r}")
-    if op == "mean" and not (tensor.is_floating_point() or tensor.is_complex()):
-        raise TypeError(f"tensor: expected a floating dtype for a mean, got {tensor.dtype}")

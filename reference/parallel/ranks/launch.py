@@ -12,7 +12,7 @@ from reference.parallel.ranks.clock import Clock
 from reference.parallel.ranks.hardware import DGX_H100, Hardware
 from reference.parallel.ranks.membership import Rank
 from reference.parallel.ranks.meter import optimizer_states_labelled
-from reference.parallel.ranks.processes import run_processes
+from reference.parallel.ranks.processes import Job, run_processes
 from reference.parallel.ranks.program import Program, run_program
 from reference.parallel.ranks.random_streams import CallersState, RandomStream
 from reference.parallel.ranks.scheduler import Baton
@@ -20,6 +20,7 @@ from reference.parallel.ranks.trace import RankTrace, Trace
 from reference.parallel.ranks.transport import OneRank, SimulatedRanks
 
 MAX_SIMULATED_RANKS = 512
+DEFAULT_TIMEOUT_SECONDS = 60.0
 
 
 @dataclass
@@ -39,7 +40,7 @@ def run(
     seed: int = 0,
     is_measured: bool = True,
     shapes_only: bool = False,
-    timeout_seconds: float = 60.0,
+    timeout_seconds: float | None = None,
 ) -> Run:
     """Run `program(comm, *args)` on every rank, and return when all have.
 
@@ -48,10 +49,10 @@ def run(
     The caller's random state is left alone. `args` are shared by simulated ranks: copy a model
     before training it. Without `is_measured` memory and FLOPs are not counted, which saves some
     microseconds an operation. With `shapes_only` tensors have shapes and no values, on all ranks.
-    `timeout_seconds` is how long a process waits for another.
+    `timeout_seconds` is how long a process waits for others that are at work (60 by default).
 
     Raises: what the program raises on the first rank that fails, with a note that names it;
-    Deadlock, CollectiveMismatch (simulated ranks); ValueError for a world that cannot be.
+    Deadlock, CollectiveMismatch; ValueError for a world that cannot be.
     """
     if not 1 <= world_size <= MAX_SIMULATED_RANKS:
         raise ValueError(
@@ -61,10 +62,15 @@ def run(
     if backend == "processes":
         if shapes_only:
             raise ValueError("shapes_only: expected simulated ranks; processes move values")
+        seconds = DEFAULT_TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds
         ended = run_processes(
-            world_size, program, args, hardware, seed, is_measured, timeout_seconds
+            world_size, Job(program, args, hardware, seed, is_measured, seconds)
         )
     elif backend == "simulated":
+        if timeout_seconds is not None:
+            raise ValueError(
+                "timeout_seconds: expected processes; simulated ranks know a deadlock at once"
+            )
         ended = _run_threads(world_size, program, args, hardware, seed, is_measured, shapes_only)
     else:
         raise ValueError(f"backend: expected 'simulated' or 'processes', got {backend!r}")
@@ -110,7 +116,7 @@ def _run_threads(
     world = Group("world", tuple(range(world_size)))
     transport = SimulatedRanks(Clock(hardware, world.ranks), has_values=not shapes_only)
     streams = [RandomStream(seed + rank) for rank in world.ranks]
-    transport.baton = Baton(streams, transport.conflicts)
+    transport.baton = Baton(streams, transport.meetings.conflicts)
     ended: dict[int, tuple[Any, RankTrace]] = {}
     grad_enabled = torch.is_grad_enabled()
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reference.parallel.ranks.calls import Call, Group, calling_line
+from reference.parallel.ranks.calls import Call, Group
 from reference.parallel.ranks.clock import Clock
 from reference.parallel.ranks.hardware import Hardware
 from reference.parallel.ranks.ledger import TrafficLedger
 from reference.parallel.ranks.memory import MemoryLedger
 from reference.parallel.ranks.meter import Meter
+from reference.parallel.ranks.source import calling_line
 from reference.parallel.ranks.transport import Transport
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class Membership:
         Collective: every rank of this group calls it. None for those whose color is None. It is not
         counted as traffic: groups are made once.
         """
-        call = Call("agree", self.group, self._me.rank, value=(color, key), source=calling_line())
+        call = self._call("agree", self.group, value=(color, key))
         transport = self._me.transport
         with self._me.meter.paused():
             transport.wait(call, transport.start(call))
@@ -168,9 +169,15 @@ class Membership:
             )
         return Mesh(self, axes)
 
+    def _call(self, operation: str, group: Group, value: Any = None) -> Call:
+        source, asked_by = calling_line()
+        return Call(
+            operation, group, self._me.rank, value=value, source=source, asked_by=asked_by
+        )
+
     def _sub_group(self, name: str, ranks: tuple[int, ...]) -> Comm:
         group = Group(name, ranks)
-        self._me.transport.join(group)
+        self._me.transport.join(self._call("join", group))
         return type(self)(group, self._me)  # type: ignore[return-value]
 
 

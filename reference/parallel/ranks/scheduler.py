@@ -5,7 +5,8 @@ acquiring one's own: no polling, no races, the same order each time. Threads rat
 because a rank must be able to wait anywhere, even in a hook in the middle of backward.
 
 Nobody left to run while some still wait is a deadlock, known at once and with all that each waits
-for. When a rank raises, the others are released: their wait raises `Released`, which only unwinds.
+for: each of them raises it. When a rank raises anything else, the others are released: their wait
+raises `Released`, which only unwinds.
 """
 
 import contextvars
@@ -28,6 +29,25 @@ class Released(BaseException):
     """Unwinds a rank after another one has failed. No Exception: no program should catch it."""
 
 
+def own_copy(error: Exception) -> Exception:
+    """The same error for one more rank, with a traceback and notes of its own."""
+    try:
+        copy = type(error)(*error.args)
+    except Exception:  # its class asks for other arguments
+        copy = RuntimeError(f"{type(error).__name__}: {error}")
+    copy.__cause__ = error.__cause__
+    return copy.with_traceback(error.__traceback__)
+
+
+def deadlock(waits: list[tuple[int, str]], others: dict[int, str], report: str) -> Deadlock:
+    """What each rank does, and what is odd about it."""
+    at_work = [rank for rank, what in others.items() if what == "is at work"]
+    stuck = "some ranks can never go on" if at_work else "no rank can go on"
+    lines = [f"rank {rank} waits in {where}" for rank, where in waits]
+    lines += [f"rank {rank} {what}" for rank, what in sorted(others.items())]
+    return Deadlock("\n  ".join([stuck, *lines]) + (f"\n{report}" if report else ""))
+
+
 class Baton:
     """Runs `body(rank)` in one thread a rank, one at a time.
 
@@ -42,6 +62,7 @@ class Baton:
         self._ready = deque(range(len(streams)))
         self._waiting: dict[int, Describe] = {}
         self._finished: set[int] = set()
+        self._deadlocked: set[int] = set()
         self._running = -1
         self._failure: BaseException | None = None
 
@@ -76,11 +97,12 @@ class Baton:
         """
         self.check()
         self._waiting[rank] = describe
-        if not self._ready:
-            deadlock = self._fail(rank, self._deadlock())
-            del self._waiting[rank]
-            raise deadlock
         self._hand_over(rank)
+        if rank in self._deadlocked:
+            self._deadlocked.remove(rank)
+            assert isinstance(self._failure, Deadlock)
+            raise own_copy(self._failure)
+        self.check()
 
     def release(self, ranks: Sequence[int]) -> None:
         """Let waiting ranks run when their turn comes."""
@@ -93,6 +115,7 @@ class Baton:
         self.check()
         self._ready.append(rank)
         self._hand_over(rank)
+        self.check()
 
     def check(self) -> None:
         """Raises: Released after another rank has failed."""
@@ -105,7 +128,6 @@ class Baton:
         self._turns[rank].acquire()
         self._running = rank
         self._streams[rank].enter()
-        self.check()
 
     def _live(self, body: Callable[[int], None], rank: int) -> None:
         self._turns[rank].acquire()
@@ -125,25 +147,21 @@ class Baton:
     def _pass_on(self) -> None:
         if not self._ready and self._waiting and self._failure is None:
             self._failure = self._deadlock()
+            self._deadlocked = set(self._waiting)
         if self._failure is not None:
             self.release(sorted(self._waiting))
         if self._ready:
             self._turns[self._ready.popleft()].release()
 
-    def _fail(self, rank: int, error: BaseException) -> BaseException:
+    def _fail(self, rank: int, error: BaseException) -> None:
         if self._failure is None:
             self._failure = error
-            if not isinstance(error, Deadlock):
-                others = "".join(f"\n  rank {r} waited in {d()}" for r, d in self._waits())
-                error.add_note(f"raised in rank {rank} of {len(self._turns)}{others}")
-        return error
+            others = "".join(f"\n  rank {r} waited in {d()}" for r, d in self._waits())
+            error.add_note(f"raised in rank {rank} of {len(self._turns)}{others}")
 
     def _deadlock(self) -> Deadlock:
-        lines = [f"rank {r} waits in {describe()}" for r, describe in self._waits()]
-        lines += [f"rank {r} has finished" for r in sorted(self._finished)]
-        text = "\n  ".join(["no rank can go on", *lines])
-        report = self._report()
-        return Deadlock(f"{text}\n{report}" if report else text)
+        waits = [(rank, describe()) for rank, describe in self._waits()]
+        return deadlock(waits, dict.fromkeys(self._finished, "has finished"), self._report())
 
     def _waits(self) -> list[tuple[int, Describe]]:
         return sorted(self._waiting.items(), key=lambda item: item[0])

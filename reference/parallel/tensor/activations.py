@@ -6,7 +6,7 @@ In 16 bits with byte masks, s positions, b rows, h width, a heads, t ranks:
     tensor parallel              s b h (10 + 24 / t + 5 a s / (h t))
     and sequence parallel        s b h (34 / t + 5 a s / (h t))
     and selective recomputation  s b h 34 / t
-    full recomputation           s b h 2
+    full recomputation           s b h 2             and sequence parallel: s b h 2 / t
 
 Ten of tensor parallelism's bytes are what all ranks hold alike: inputs of two norms and of two
 regions, two masks. With sequence parallelism the paper keeps a region's input in parts and gathers
@@ -19,6 +19,8 @@ Source: Korthikanti et al., arXiv 2205.05198, eq. 1 to 6 and table 2.
 from __future__ import annotations
 
 from typing import Literal
+
+from reference.parallel.options import at_least, one_of
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -39,14 +41,11 @@ def layer_activation_bytes(
     """
     counts = {"seq_len": seq_len, "batch": batch, "dim": dim, "num_heads": num_heads,
               "num_ranks": num_ranks}  # fmt: skip
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
-    if recompute not in ("none", "selective", "full"):
-        raise ValueError(f"recompute: expected none, selective or full, got {recompute!r}")
+    at_least(1, counts.items())
+    one_of("recompute", recompute, Recompute)
     stream = seq_len * batch * dim
     if recompute == "full":
-        return 2.0 * stream
+        return 2.0 * stream / (num_ranks if sequence_parallel else 1)
     alike = 10 / num_ranks if sequence_parallel else 10.0
     weights = 0.0 if recompute == "selective" else 5 * num_heads * seq_len / (dim * num_ranks)
     return stream * (alike + 24 / num_ranks + weights)

@@ -22,9 +22,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reference.parallel.ranks import Comm
+from reference.parallel.tensor.cut import adopt, copied
 from reference.parallel.tensor.layers import column_part, row_part
 from reference.parallel.tensor.llama import Region
-from reference.parallel.tensor.operators import copy_to_ranks
 
 RANK_SEED_OFFSET = 2718  # as Megatron-LM's
 
@@ -81,7 +81,7 @@ class GPTLayer(nn.Module):
 
 
 class ParallelGPTLayer(nn.Module):
-    """A rank's part of a GPTLayer.
+    """A rank's part of a GPTLayer: the same names, the same parameters frozen; dropout in training.
 
     Raises: ValueError where heads or widths do not divide by the number of ranks.
     """
@@ -103,20 +103,20 @@ class ParallelGPTLayer(nn.Module):
         self.comm, self.rate, self.streams = comm, rate, streams
         self.region = Region(comm, sequence_parallel=sequence_parallel)
         self.num_heads = layer.num_heads // comm.size
-        self.norms = layer.norms
+        adopt(self, layer)
+        self.norms = nn.ModuleList(copied(norm) for norm in layer.norms)
         self.q, self.k, self.v, self.up = (
             column_part(part, comm) for part in (layer.q, layer.k, layer.v, layer.up)
         )
         self.out, self.down = row_part(layer.out, comm), row_part(layer.down, comm)
-        self.out_bias = nn.Parameter(layer.out.bias.detach().clone())
-        self.down_bias = nn.Parameter(layer.down.bias.detach().clone())
 
     def forward(self, x: Float[Tensor, "B t D"]) -> Float[Tensor, "B t D"]:
         h = self.region.enter(self._norm(0, x))
-        x = x + self._stream(self.region.leave(self.out(self._attention(h))), self.out_bias)
+        h = self.region.leave(self.out(self._attention(h)), self.out.bias)
+        x = x + self._dropped(h)
         h = self.region.enter(self._norm(1, x))
-        h = self.region.leave(self.down(F.gelu(self.up(h))))
-        return x + self._stream(h, self.down_bias)
+        h = self.region.leave(self.down(F.gelu(self.up(h))), self.down.bias)
+        return x + self._dropped(h)
 
     def _attention(self, h: Tensor) -> Tensor:
         q, k, v = (
@@ -126,21 +126,19 @@ class ParallelGPTLayer(nn.Module):
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=h.device).triu(1)
         weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-        weights = dropout(weights, self.rate, self.streams.own)
+        weights = self._dropout(weights, self.streams.own)
         return (weights @ v).transpose(1, 2).flatten(2)
 
     def _norm(self, i: int, x: Tensor) -> Tensor:
         norm = self.norms[i]
         assert isinstance(norm, nn.LayerNorm)
-        weight, bias = self._of_positions(norm.weight), self._of_positions(norm.bias)
+        weight, bias = (self.region.of_positions(p) for p in (norm.weight, norm.bias))
         return F.layer_norm(x, (x.shape[-1],), weight, bias, norm.eps)
 
-    def _stream(self, y: Tensor, bias: Tensor) -> Tensor:
-        """Bias, once, and dropout, on what is on the stream."""
+    def _dropped(self, y: Tensor) -> Tensor:
+        """Dropout of what goes on the stream."""
         is_part = self.region.sequence_parallel
-        generator = self.streams.own if is_part else self.streams.shared
-        return dropout(y + self._of_positions(bias), self.rate, generator)
+        return self._dropout(y, self.streams.own if is_part else self.streams.shared)
 
-    def _of_positions(self, parameter: Tensor) -> Tensor:
-        is_part = self.region.sequence_parallel
-        return copy_to_ranks(parameter, self.comm) if is_part else parameter
+    def _dropout(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return dropout(x, self.rate, generator) if self.training else x

@@ -9,6 +9,8 @@
 The last column is what a rank sends, on average. 1D needs room for all of B, 2.5D for c copies of
 everything. Copies pay for themselves with thousands of ranks.
 
+Forward only: no gradient comes back through the messages.
+
 Papers: SUMMA, van de Geijn and Watts, Concurrency 9 (1997) 255-274; 2.5D, Solomonik and Demmel,
 Euro-Par 2011; for transformers, 2104.05343 (2D), 2105.14500 (2.5D), 2105.14450 (3D).
 """
@@ -20,12 +22,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reference.parallel.ranks import Comm, Mesh
+from reference.parallel.tensor.operators import check_no_gradient
 
 
 def matmul_1d(
     comm: Comm, a: Float[Tensor, "m k"], b: Float[Tensor, "kp n"]
 ) -> Float[Tensor, "m n"]:
-    """This rank's rows of A B, from its rows of A and its rows of B."""
+    """This rank's rows of A B, from its rows of A and its rows of B.
+
+    Raises: ValueError where a factor asks for a gradient, as all three products.
+    """
+    check_no_gradient(a=a, b=b)
     return a @ comm.all_gather(b)
 
 
@@ -35,6 +42,7 @@ def matmul_2d(mesh: Mesh, a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> F
     Raises: ValueError for a mesh that is not square.
     """
     _check_square(mesh)
+    check_no_gradient(a=a, b=b)
     return _summa_steps(mesh, a, b, range(mesh.shape["row"]))
 
 
@@ -46,6 +54,7 @@ def matmul_2_5d(
     Raises: ValueError for a mesh that is not square, or a depth that does not divide its side.
     """
     _check_square(mesh)
+    check_no_gradient(a=a, b=b)
     depth, side = mesh.shape["depth"], mesh.shape["row"]
     if side % depth:
         raise ValueError(f"mesh: expected a depth that divides {side}, got {depth}")
@@ -56,7 +65,16 @@ def matmul_2_5d(
 
 
 def block_of(mesh: Mesh, whole: Float[Tensor, "m n"]) -> Float[Tensor, "bm bn"]:
-    """This rank's block of a matrix that divides by the mesh's sides."""
+    """This rank's block of a matrix that divides by the mesh's sides.
+
+    Raises: ValueError for one that does not.
+    """
+    sides = mesh.shape["row"], mesh.shape["column"]
+    if whole.shape[0] % sides[0] or whole.shape[1] % sides[1]:
+        raise ValueError(
+            f"whole: expected a shape of multiples of {sides}, the mesh's sides, got "
+            f"{tuple(whole.shape)}; pad with zeros"
+        )
     rows = whole.chunk(mesh.shape["row"])[mesh.coordinates["row"]]
     return rows.chunk(mesh.shape["column"], 1)[mesh.coordinates["column"]].contiguous()
 

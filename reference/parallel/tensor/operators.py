@@ -8,6 +8,7 @@ inside each has the whole input and a part of the weights. Entering and leaving:
     sum_over_ranks    g       all-reduce        nothing
     gather_positions  g       all-gather        reduce-scatter      (sequence parallel)
     scatter_sum       g-bar   reduce-scatter    all-gather          (sequence parallel)
+    gather_outputs            all-gather        nothing             (logits, once, at the end)
 
 Papers: f and g, Megatron-LM, 1909.08053, sec. 3; with positions, Korthikanti et al., 2205.05198,
 sec. 4.2.2.
@@ -67,6 +68,17 @@ class _ScatterSum(torch.autograd.Function):
         return _all_gather(grads[0], ctx.comm, ctx.dim), None, None
 
 
+class _GatherOutputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
+        ctx.comm = comm
+        return _all_gather(x, comm, x.ndim - 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].chunk(ctx.comm.size, -1)[ctx.comm.rank].contiguous(), None
+
+
 def copy_to_ranks(x: Float[Tensor, "*shape"], comm: Comm) -> Float[Tensor, "*shape"]:
     """f: x as it is, which all ranks hold; backward sums what each rank's part says about it."""
     return _Copy.apply(x, comm)
@@ -82,6 +94,11 @@ def gather_positions(x: Float[Tensor, "B t D"], comm: Comm, dim: int = 1) -> Flo
     return _Gather.apply(x, comm, dim)
 
 
+def gather_outputs(x: Float[Tensor, "*shape v"], comm: Comm) -> Float[Tensor, "*shape V"]:
+    """All outputs, of which each rank has a part; the gradient, which all hold, is cut again."""
+    return _GatherOutputs.apply(x, comm)
+
+
 def scatter_sum(x: Float[Tensor, "B T D"], comm: Comm, dim: int = 1) -> Float[Tensor, "B t D"]:
     """This rank's positions of the sum of all ranks' parts; backward gathers the gradient.
 
@@ -93,6 +110,16 @@ def scatter_sum(x: Float[Tensor, "B T D"], comm: Comm, dim: int = 1) -> Float[Te
             f"got shape {tuple(x.shape)}; pad the text"
         )
     return _ScatterSum.apply(x, comm, dim)
+
+
+def check_no_gradient(**tensors: Tensor) -> None:
+    """Raises: ValueError for a tensor that asks for a gradient, which would not come back."""
+    for name, tensor in tensors.items():
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: expected a tensor without requires_grad, or torch.no_grad(): no gradient "
+                "comes back through these messages; layers.py has layers that learn"
+            )
 
 
 def _all_gather(x: Tensor, comm: Comm, dim: int) -> Tensor:

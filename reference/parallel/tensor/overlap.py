@@ -19,12 +19,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reference.parallel.ranks import Comm
+from reference.parallel.tensor.operators import check_no_gradient
 
 
 def gathered_linear(
     x: Float[Tensor, "B t D"], weight: Float[Tensor, "f D"], comm: Comm
 ) -> Float[Tensor, "B T f"]:
-    """All-gather, then multiply: the two after each other."""
+    """All-gather, then multiply: the two after each other. Forward only.
+
+    Raises: ValueError where x asks for a gradient.
+    """
+    check_no_gradient(x=x)
     whole = comm.all_gather(x.transpose(0, 1).contiguous()).transpose(0, 1)
     return F.linear(whole, weight)
 
@@ -32,7 +37,11 @@ def gathered_linear(
 def overlapped_linear(
     x: Float[Tensor, "B t D"], weight: Float[Tensor, "f D"], comm: Comm
 ) -> Float[Tensor, "B T f"]:
-    """The same, each part of the positions multiplied while the next one travels."""
+    """The same, each part of the positions multiplied while the next one travels. Forward only.
+
+    Raises: ValueError where x asks for a gradient.
+    """
+    check_no_gradient(x=x)
     parts: dict[int, Tensor] = {}
     here = x.contiguous()
     for step in range(comm.size):

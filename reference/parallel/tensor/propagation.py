@@ -52,7 +52,7 @@ def propagate(steps: Sequence[Einsum], annotations: Mapping[str, Sharding]) -> d
     """The sharding of every tensor: annotations spread along letters, forward and back, until
     nothing changes. What is annotated stays as it is; an axis divides a tensor once at most.
 
-    Raises: ValueError for an annotation that does not fit its tensor.
+    Raises: ValueError for an annotation that does not fit its tensor, or fits none.
     """
     known: dict[str, list[str | None]] = {}
     for step in steps:
@@ -61,6 +61,12 @@ def propagate(steps: Sequence[Einsum], annotations: Mapping[str, Sharding]) -> d
             if given is not None and len(given) != len(letters):
                 raise ValueError(f"{name}: expected {len(letters)} axes or None, got {given}")
             known.setdefault(name, list(given) if given else [None] * len(letters))
+    for name, given in annotations.items():
+        axes = [axis for axis in given if axis is not None]
+        if name not in known or len(set(axes)) < len(axes):
+            raise ValueError(
+                f"{name}: expected one of {', '.join(known)}, each axis once; got {given}"
+            )
     changed = True
     while changed:
         changed = any([_spread(step, known, annotations) for step in (*steps, *reversed(steps))])
@@ -147,9 +153,17 @@ def execute(
 
 
 def part_by(whole: Tensor, sharding: Sharding, mesh: Mesh) -> Tensor:
-    """This rank's part of a tensor that divides by the axes of its sharding."""
+    """This rank's part of a tensor that divides by the axes of its sharding.
+
+    Raises: ValueError where it does not.
+    """
     for dim, axis in enumerate(sharding):
         if axis is not None:
+            if whole.shape[dim] % mesh.shape[axis]:
+                raise ValueError(
+                    f"whole: expected dimension {dim} to be a multiple of {mesh.shape[axis]}, the "
+                    f"size of {axis}, got {tuple(whole.shape)}; pad it"
+                )
             whole = whole.chunk(mesh.shape[axis], dim)[mesh.coordinates[axis]]
     return whole
 

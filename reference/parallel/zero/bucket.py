@@ -72,6 +72,13 @@ class Bucket:
         else:
             self.gradient.add_(part)
 
+    def gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with this rank's piece of its reduced gradient, a view; none before."""
+        if self.gradient is None:
+            return []
+        pieces = [self.gradient[where] for where in self._places()]
+        return list(zip(self.parameters, pieces, strict=True))
+
     def begin_step(self, used: set[nn.Parameter]) -> None:
         """Hand the gradients of used parameters to their pieces, in the master's precision and
         memory."""
@@ -81,9 +88,8 @@ class Bucket:
         if self.host:
             gradient = to_host(self.comm, gradient)
         gradient = gradient.to(self.master.dtype)
-        for parameter, (_, piece), where in zip(
-            self.parameters, self.pieces, self._places(), strict=True
-        ):
+        rows = zip(self.parameters, self.pieces, self._places(), strict=True)
+        for parameter, (_, piece), where in rows:
             piece.grad = gradient[where] if parameter in used else None
 
     def end_step(self) -> None:

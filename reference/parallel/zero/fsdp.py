@@ -36,7 +36,7 @@ from reference.parallel.ranks import Comm
 from reference.parallel.zero.gather import Gathering, Use
 from reference.parallel.zero.notes import saved_as_notes
 from reference.parallel.zero.ownership import take_over
-from reference.parallel.zero.reduction import clip_shards
+from reference.parallel.zero.reduction import clip_shards, copies_on
 from reference.parallel.zero.rows import rows_of
 from reference.parallel.zero.unit import Unit
 
@@ -139,14 +139,19 @@ class FSDP(Transparent):
         finally:
             self._gathering.is_synchronising = before
 
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
+    def clip_grad_norm(self, max_norm: float, *, tensor: Comm | None = None) -> Tensor:
         """Clip by the norm of the whole gradient; returns it, the same on each rank.
 
-        Raises: RuntimeError while gradients wait that no_sync has kept back.
+        `tensor`: the tensor parallel ranks, where the model is divided among them as well.
+
+        Raises: RuntimeError while gradients wait that no_sync has kept back; ValueError for a
+        divided model without `tensor`, or a norm that is not positive.
         """
         self._gathering.check_reduced()
-        parts = [p.grad for p in self.parameters() if p.grad is not None]
-        return clip_shards(parts, max_norm, self.comm)
+        copies = copies_on(self.module, tensor)
+        learned = [p for p in self.parameters() if p.grad is not None]
+        parts = [p.grad for p in learned if p.grad is not None]
+        return clip_shards(parts, max_norm, self.comm, tensor, copies=[copies[p] for p in learned])
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every parameter whole, by its name in the model, and this rank's buffers; collective."""

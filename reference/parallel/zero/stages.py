@@ -27,7 +27,7 @@ from reference.parallel.data_parallel import BUCKET_BYTES, check_learning, divid
 from reference.parallel.ranks import Comm
 from reference.parallel.zero.bucket import Bucket
 from reference.parallel.zero.passes import Passes
-from reference.parallel.zero.reduction import GradientReducer, clip_shards
+from reference.parallel.zero.reduction import GradientReducer, clip_shards, copies_on
 
 Named = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Named], torch.optim.Optimizer]
@@ -76,7 +76,9 @@ class Zero:
         self._passes = Passes()
         self._used: set[nn.Parameter] = set()
         self._num_started = 0
+        self._coming: set[nn.Parameter] = set()
         for parameter in self._parameters:
+            parameter.register_hook(self._hook(parameter))
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
     def reduce_gradients(self) -> None:
@@ -106,11 +108,24 @@ class Zero:
         self._passes.clear()
         self._num_started = 0
 
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Reduce, then clip by the norm of the whole gradient; that norm, the same on each rank."""
+    def clip_grad_norm(self, max_norm: float, *, tensor: Comm | None = None) -> Tensor:
+        """Reduce, then clip by the norm of the whole gradient; that norm, the same on each rank.
+
+        `tensor`: the tensor parallel ranks, where the model is divided among them as well. Stages
+        of a pipeline have a norm each: `clip_shards` takes their group.
+
+        Raises: ValueError for a divided model without `tensor`, or a norm that is not positive.
+        """
+        copies = copies_on(self.model, tensor)
         self.reduce_gradients()
-        parts = [b.gradient for b in self.buckets if b.gradient is not None]
-        return clip_shards(parts, max_norm, self.comm if self.stage > 0 else None)
+        found = [pair for bucket in self.buckets for pair in bucket.gradients()]
+        return clip_shards(
+            [part for _, part in found],
+            max_norm,
+            self.comm if self.stage > 0 else None,
+            tensor,
+            copies=[copies[parameter] for parameter, _ in found],
+        )
 
     @torch.no_grad()
     def step(self) -> None:
@@ -179,10 +194,20 @@ class Zero:
             return set(here)
         return {p for p, flag in zip(self._parameters, flags.tolist(), strict=True) if flag}
 
+    def _hook(self, parameter: nn.Parameter) -> Callable[[Tensor | None], None]:
+        def come(gradient: Tensor | None) -> None:
+            if gradient is not None:  # a node may be reached, and have nothing to say
+                self._coming.add(parameter)
+
+        return come
+
     def _arrived(self, parameter: Tensor) -> None:
         """At stage 2 buckets leave when they are full, on all ranks in the same order: the bucket
         that comes next, in its n-th round, when all of it has arrived n times. A step has as many
         rounds as backward passes; what is left of them leaves in `reduce_gradients`."""
+        if parameter not in self._coming:
+            return
+        self._coming.discard(parameter)
         self._num_arrived[parameter] += 1  # type: ignore[index]
         self._passes.note()
         if self.stage < 2:

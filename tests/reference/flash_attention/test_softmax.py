@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -92,3 +94,13 @@ def test_rejects_block_sizes():
     ):
         with pytest.raises(ValueError, match="block_size: expected at least 1"):
             call()
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1, -3])
+def test_matches_torch_over_any_dimension(dim):
+    x = normal(3, 4, 5)
+    expected = x.softmax(dim)
+    for softmax in (naive_softmax, safe_softmax, partial(online_softmax, block_size=2)):
+        torch.testing.assert_close(softmax(x, dim=dim), expected)
+    m, total = online_normalizer(x, block_size=2, dim=dim)
+    torch.testing.assert_close(m + total.log(), x.logsumexp(dim))

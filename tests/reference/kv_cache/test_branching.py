@@ -39,6 +39,31 @@ def test_matches_transformers_beam_search(course, theirs, num_beams):
     cache.blocks.check()
 
 
+@pytest.mark.parametrize("length_penalty", [0.0, 0.5, 1.0, 2.0, -1.0])
+@pytest.mark.parametrize("num_beams", [2, 4])
+def test_matches_transformers_beams_that_stop(course, theirs, num_beams, length_penalty):
+    """Several prompts and stop tokens, so that beams end early, late and never."""
+    model, ids = course
+    cache = paged(model)
+    lengths = set()
+    for start, stop in ((0, 267), (40, 267), (80, 299), (120, 199), (160, 33)):
+        prompt = ids[start : start + 9]
+        tokens, scores = beam_search(
+            model, prompt, 10, num_beams=num_beams, cache=cache, stop=stop,
+            length_penalty=length_penalty,
+        )  # fmt: skip
+        expected = theirs.generate(
+            prompt[None], attention_mask=torch.ones(1, 9), max_new_tokens=10, do_sample=False,
+            num_beams=num_beams, num_return_sequences=num_beams, pad_token_id=stop,
+            eos_token_id=stop, length_penalty=length_penalty, early_stopping=False,
+            return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+        assert torch.equal(tokens, expected.sequences[:, 9:])
+        torch.testing.assert_close(scores, expected.sequences_scores, rtol=1e-4, atol=1e-4)
+        lengths |= {(row != stop).sum().item() for row in tokens}
+    assert len(lengths) > 1 and cache.blocks.num_free == 64
+
+
 def test_invariant_samples_are_what_each_would_be_alone(course):
     """Rows that choose differently: the k-th sample always takes the k-th best token."""
     model, ids = course

@@ -7,8 +7,11 @@ from reference.kv_cache import Request, generate, serve, serve_static
 from tests.reference.kv_cache.test_branching import paged
 
 
-def trace(ids, num_requests=14, seed=0):
-    """Prompts of 3 to 24 tokens, answers of 1 to 24, some with a beginning in common."""
+def trace(ids, num_requests=14, seed=7):
+    """Prompts of 3 to 24 tokens, answers of 1 to 24, some with a beginning in common.
+
+    With this seed the best token is never ahead by less than 0.005: no rounding decides.
+    """
     generator = random.Random(seed)
     requests = []
     for i in range(num_requests):

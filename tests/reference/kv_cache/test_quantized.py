@@ -54,3 +54,24 @@ def test_invariant_the_course_model_says_nearly_the_same(course, prompts):
     assert change.mean() < 0.02  # total variation
     same = generate(model, prompts, 8, cache=Int8Cache()) == generate(model, prompts, 8)
     assert same.float().mean() > 0.75
+
+
+def test_invariant_what_is_not_finite_stays_so_and_spoils_its_row_alone():
+    """A code of 0 would turn NaN into a number, and round its neighbours to whole ones."""
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        y = x.clone()
+        y[1, 2] = bad
+        back = dequantize(*quantize_rows(y))
+        assert bool(back[1].isnan().all())
+        assert torch.equal(back[[0, 2]], dequantize(*quantize_rows(x))[[0, 2]])
+
+
+def test_invariant_the_bound_holds_for_subnormal_rows():
+    tiny = torch.finfo(torch.float32).tiny
+    for largest in (1e-37, 1e-39, 1e-42, 1e-45, 0.0):
+        x = torch.linspace(-1, 1, 9) * largest
+        codes, scale = quantize_rows(x)
+        assert float(scale) >= tiny
+        # half a scale, and half of the smallest subnormal for the product's own rounding
+        assert bool(((dequantize(codes, scale) - x).abs() <= scale / 2 + 1e-45).all())

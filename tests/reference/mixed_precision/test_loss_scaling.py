@@ -174,3 +174,25 @@ def test_rejects_rules(change):
 def test_rejects_a_foreign_state():
     with pytest.raises(ValueError, match="expected the keys"):
         LossScaler().load_state_dict({"scale": 1.0, "_growth_tracker": 3})
+
+
+def test_invariant_a_run_of_overflows_ends_at_the_floor():
+    """Where the loss is NaN the scale falls at each step; it must not become zero, and divide."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler = LossScaler()
+    for _ in range(1200):
+        weight.grad = torch.full_like(weight, torch.nan)
+        assert not scaler.step(optimizer)
+        scaler.update()
+    assert scaler.state.scale == 2.0**-126
+    weight.grad = torch.full_like(weight, 2.0**-126)  # and a good step is a good step
+    assert scaler.step(optimizer) and weight.item() == -1.0
+    rule = ScaleRule(min_scale=1.0)  # DeepSpeed's default
+    state = ScaleState(4.0)
+    for _ in range(5):
+        state = next_scale(state, rule, overflowed=True)
+    assert state.scale == 1.0
+    assert next_scale(ScaleState(0.5), rule, overflowed=True).scale == 0.5  # never upwards
+    with pytest.raises(ValueError, match="min_scale: expected at least"):
+        ScaleRule(min_scale=0.0)

@@ -14,6 +14,7 @@ import torch
 from torch.testing import assert_close
 
 from reference.parallel.context import ContextParallel
+from reference.parallel.data_parallel import token_mean
 from reference.parallel.pipeline import Pipeline, split_llama, sum_tied_gradients
 from reference.parallel.ranks import run
 from reference.parallel.tensor import parallelize, vocab_parallel_cross_entropy
@@ -60,11 +61,12 @@ def train(comm, case):
                          num_chunks=schedule.num_chunks,
                          context=context if mesh.cp.size > 1 else None)  # fmt: skip
     holder = torch.nn.ModuleList(stages)
-    pipeline = Pipeline(mesh.pp, stages, schedule, lambda y, t: loss_of(y, t, mesh.tp, context))
-    tokens, targets = (context.part(t.chunk(case["dp"])[mesh.dp.rank]) for t in batch(16))
+    pipeline = Pipeline(mesh.pp, stages, schedule, lambda y, t: losses_of(y, t, mesh.tp))
+    tokens, targets = (context.part(t.chunk(case["dp"])[mesh.dp.rank]) for t in uneven_batch())
     zero = Zero(holder, mesh["dp", "cp"], case["stage"], lambda p: torch.optim.SGD(p, **SGD),
                 bucket_bytes=3000)  # fmt: skip
-    loss = pipeline.step(tokens, targets)
+    replicas = mesh["dp", "cp"]  # over which Zero averages
+    loss = pipeline.step(tokens, targets, token_mean(targets, replicas, averaged_by=replicas.size))
     if case["stage"] < 2:
         sum_tied_gradients(mesh.pp, stages)
     zero.step()
@@ -74,15 +76,21 @@ def train(comm, case):
     return None if loss is None else mesh["dp", "cp"].all_reduce(loss, "mean"), found
 
 
-def loss_of(logits, targets, tp, context):
-    """The mean over cp of what ranks return, as over dp: Zero takes the mean over both."""
+def uneven_batch():
+    """Rows, and so ranks and micro-batches, with different numbers of tokens that count."""
+    tokens, targets = batch(16)
+    for row in range(16):
+        targets[row, : row % 7] = -100
+    targets[3] = -100
+    return tokens, targets
+
+
+def losses_of(logits, targets, tp):
     if tp.size > 1:
-        losses = vocab_parallel_cross_entropy(logits, targets, tp)
-    else:
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="none"
-        )
-    return context.share_of_mean(losses) * context.comm.size
+        return vocab_parallel_cross_entropy(logits, targets, tp)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none"
+    )
 
 
 def whole(model):
@@ -96,7 +104,7 @@ def truths():
     found = {}
     for is_tied in (False, True):
         model = fresh(num_layers=LAYERS, is_tied=is_tied)
-        tokens, targets = batch(16)
+        tokens, targets = uneven_batch()
         logits = model(tokens)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
@@ -134,7 +142,7 @@ def test_rejects_tied_embeddings_whose_gradients_stage_2_has_sent():
         tokens, targets = (t.chunk(2)[mesh.dp.rank] for t in batch(16))
 
         def loss(y, t):
-            return torch.nn.functional.cross_entropy(y.flatten(0, 1), t.flatten())
+            return torch.nn.functional.cross_entropy(y.flatten(0, 1), t.flatten(), reduction="none")
 
         Pipeline(mesh.pp, stages, SCHEDULES["1F1B"](2, 2), loss).step(tokens, targets)
         sum_tied_gradients(mesh.pp, stages)
@@ -184,8 +192,10 @@ def train_sharded(comm, case):
                 reshard_after_forward=case["reshard"])  # fmt: skip
     row = mesh.coordinates["replicas"] * case["shards"] + mesh.coordinates["shards"]
     num_rows = case["replicas"] * case["shards"]
-    tokens, targets = (context.part(t.chunk(num_rows)[row]) for t in batch(16))
-    loss = loss_of(fsdp(tokens), targets, mesh.tp, context)
+    tokens, targets = (context.part(t.chunk(num_rows)[row]) for t in uneven_batch())
+    everyone = mesh["replicas", "shards", "cp"]  # over whom FSDP averages
+    mean = token_mean(targets, everyone, averaged_by=everyone.size)
+    loss = mean.share(losses_of(fsdp(tokens), targets, mesh.tp), targets)
     loss.backward()
     torch.optim.SGD(fsdp.parameters(), **SGD).step()
     whole_loss = mesh["replicas", "shards", "cp"].all_reduce(loss.detach(), "mean")

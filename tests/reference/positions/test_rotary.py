@@ -133,11 +133,23 @@ def test_edges_empty_batch_one_token_strided():
     assert torch.equal(apply_rope(x, cos, sin), apply_rope(x.contiguous(), cos, sin))
 
 
+@pytest.mark.parametrize("has_own_positions", [False, True])
+def test_invariant_heads_may_be_left_out(has_own_positions):
+    positions = torch.randint(9, (2, 5)) if has_own_positions else torch.arange(5)
+    cos, sin = rope_table(positions, rope_frequencies(8))
+    x = normal(2, 5, 8)
+    expected = apply_rope(x[:, None], cos, sin)[:, 0]
+    assert torch.equal(apply_rope(x, cos, sin), expected)
+    if not has_own_positions:
+        assert torch.equal(apply_rope(x[1], cos, sin), expected[1])
+
+
 @pytest.mark.parametrize(
     "shape, table_shape, message",
     [
         ((1, 2, 3, 5), (3, 5), "even d"),
-        ((2, 3, 4), (3, 4), r"x: expected \(B, H, 3, 4\)"),
+        ((4,), (3, 4), r"x: expected \(B, H, 3, 4\)"),
+        ((2, 5, 4), (3, 4), r"x: expected \(B, H, 3, 4\)"),
         ((1, 2, 3, 4), (5, 4), "with a cache, tables are for the new positions alone"),
         ((2, 2, 3, 4), (3, 3, 4), r"x: expected \(3, H, 3, 4\)"),
     ],

@@ -120,9 +120,18 @@ def test_reads_the_older_key():
         ({"rope_type": "longrope"}, "rope_type: expected one of default, linear"),
         ({"rope_type": "linear", "factor": 0.5}, "factor: expected at least 1, got 0.5"),
         ({"rope_type": "yarn", "factor": 2.0}, "yarn needs the length of training"),
-        ({"rope_type": "linear", "mscale": 1.0}, "got also mscale"),
         (
-            {"rope_type": "linear", "low_freq_factor": 4.0, "high_freq_factor": 4.0},
+            {"rope_type": "linear", "mscale": 1.0},
+            r"rope_parameters \(linear\): mscale=1.0 not known",
+        ),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 2.0,
+                "original_max_position_embeddings": 8,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 4.0,
+            },
             "0 < low_freq_factor < high_freq_factor",
         ),
     ],

@@ -63,11 +63,25 @@ def test_matches_bitsandbytes_on_ties_and_edges(bnb, levels):
     blocks = torch.zeros(-(-len(values) // 63), 63)
     blocks.view(-1)[: len(values)] = values
     x = torch.cat([torch.ones(len(blocks), 1), blocks], 1)
-    x = torch.cat([x, torch.zeros(1, 64), x * 3e-39, x * 1e38, x * 0.037])
+    x = torch.cat([x, torch.zeros(1, 64), x * 1.2e-38, x * 1e38, x * 0.037])
     packed, state = bnb.quantize_4bit(x, blocksize=64, quant_type=levels)
     ours = quantize_4bit(x, levels=levels)
     assert torch.equal(ours.packed, packed.flatten())
     assert torch.equal(dequantize_4bit(ours), bnb.dequantize_4bit(packed, state))
+
+
+@each_type
+@pytest.mark.parametrize("largest", [1e-38, 1e-39, 3e-42])
+def test_invariant_subnormal_blocks_have_the_codes_of_any_other(levels, largest):
+    """bitsandbytes divides by 1e-38 at least, and loses 92% of a block of 1e-39.
+
+    A power of two moves the block among normal numbers and no code.
+    """
+    x = draw(4, 64).clamp(-1, 1) * largest
+    normal = x.double() * 2.0**100
+    assert torch.equal(
+        quantize_4bit(x, levels=levels).packed, quantize_4bit(normal.float(), levels=levels).packed
+    )
 
 
 @given(st.integers(0, 2**16), st.floats(1e-6, 1e6))

@@ -45,6 +45,20 @@ def test_scales_match_bitsandbytes_but_for_its_grid(bnb, number):
         assert (ours.codes != codes).float().mean() <= 0.005
 
 
+def test_invariant_no_scale_turns_the_sign_of_its_weights():
+    """Scales from 0 to 10 in one block: the nearest level of a small one may lie below zero."""
+    generator = torch.Generator().manual_seed(0)
+    were_negative = 0
+    for _ in range(300):
+        absmax = torch.rand(256, generator=generator) ** 8 * 3
+        absmax[:2] = torch.rand(2, generator=generator) * torch.tensor([10.0, 1e-3])
+        ours = quantize_scales(absmax)
+        assert bool((dequantize_scales(ours) >= 0).all())
+        nearest = nearest_level((absmax - ours.offset) / ours.absmax, dynamic_levels())
+        were_negative += int((dequantize_scales(replace(ours, codes=nearest)) < 0).any())
+    assert were_negative > 10
+
+
 @pytest.mark.parametrize("number", [5, 256, 1000])
 def test_values_match_bitsandbytes_from_the_same_codes(bnb, number):
     absmax = scales(number)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from reference.transformer import IGNORED, next_token_loss
+from reference.transformer import IGNORED, cross_entropy, next_token_loss
 from tests.tolerances import TOLERANCE
 
 VOCAB = 13
@@ -116,3 +116,23 @@ def test_rejects_labels():
 def test_rejects_an_unknown_reduction():
     with pytest.raises(ValueError, match="reduction: expected"):
         next_token_loss(torch.zeros(1, 3, VOCAB), torch.zeros(1, 3).long(), reduction="avg")
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (2, 3, 4)], ids=str)
+def test_matches_torch_without_a_shift(batch):
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(*batch, VOCAB, generator=rng)
+    labels = torch.randint(VOCAB, batch, generator=rng)
+    if batch:
+        labels.view(-1)[0] = IGNORED
+    flat = logits.reshape(-1, VOCAB), labels.flatten()
+    for reduction in ("mean", "sum", "none"):
+        expected = F.cross_entropy(*flat, reduction=reduction)
+        actual = cross_entropy(logits, labels, reduction=reduction)
+        torch.testing.assert_close(actual, expected.view(actual.shape))
+    assert cross_entropy(logits, torch.full_like(labels, IGNORED)) == 0
+
+
+def test_rejects_labels_of_another_shape():
+    with pytest.raises(ValueError, match=r"expected \(\.\.\., V\) and \(\.\.\.\), got"):
+        cross_entropy(torch.zeros(2, 3, VOCAB), torch.zeros(2, dtype=torch.long))

@@ -41,6 +41,50 @@ def test_invariant_something_is_always_kept():
     assert (filter_logits(logits(), top_p=1e-9).isfinite().sum(-1) == 1).all()
 
 
+def test_invariant_what_means_off_cuts_nothing():
+    """A vocabulary of 128,256: a cumulative sum in float32 passes 1 long before its end."""
+    for seed in range(3):
+        x = 2 * torch.randn(1, 128_256, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(filter_logits(x, top_p=1.0), x)
+    assert torch.equal(filter_logits(x, top_k=0), x)
+
+
+def test_matches_a_sum_in_float64_on_a_flat_vocabulary():
+    """100,000 equal tokens: the smallest set that reaches p has p of them, in every dtype."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for p, expected in ((0.9, 90_000), (0.99999, 99_999)):
+            kept = filter_logits(torch.zeros(100_000, dtype=dtype), top_p=p).isfinite().sum()
+            assert abs(int(kept) - expected) <= 1
+
+
+def test_matches_greedy_at_temperatures_near_zero():
+    """vllm#1623, vllm#3063: a small temperature overflowed, and all probabilities were NaN."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = logits().to(dtype)
+        x[:, 0] = -torch.inf  # vllm#22180: a token that is not allowed
+        expected = greedy(x)
+        for temperature in (0.0, 1e-60, 1e-39, 1e-38, 1e-20, 1e-6, 1e-4):
+            assert torch.equal(sample(x, temperature=temperature, top_p=0.9), expected)
+            kept = filter_logits(x, temperature=temperature).softmax(-1)
+            assert kept.isfinite().all() and torch.equal(greedy(kept), expected)
+
+
+def test_invariant_a_warm_temperature_shifts_nothing():
+    x = torch.tensor([[1e38, 2e38, -3e38]])
+    assert torch.equal(filter_logits(x, temperature=0.7), (x / 0.7))
+    assert filter_logits(x, temperature=0.01).tolist() == [[-torch.inf, 0.0, -torch.inf]]
+
+
+def test_rejects_rows_without_a_distribution():
+    """vllm#641: "probability tensor contains either `inf`, `nan`" says nothing of the row."""
+    for bad in (-torch.inf, torch.nan, torch.inf):
+        x = logits(4)
+        x[2] = bad
+        with pytest.raises(ValueError, match=r"finite largest one.* in rows \[2\]"):
+            sample(x, top_p=0.9)
+    assert filter_logits(torch.zeros(2, 3, device="meta"), top_k=2).shape == (2, 3)
+
+
 def test_samples_follow_the_distribution():
     x = torch.tensor([0.1, 0.2, 0.7]).log().expand(20_000, 3)
     counts = sample(x, generator=torch.Generator().manual_seed(0)).bincount(minlength=3)
@@ -83,9 +127,10 @@ def test_shows_the_model_its_context():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"temperature": 0.0}, "greedy choice is top_k=1"),
-        ({"temperature": -1.0}, "temperature: expected more than 0"),
-        ({"top_k": 0}, "top_k: expected at least 1"),
+        ({"temperature": -1.0}, "temperature: expected at least 0 and finite, got -1.0; 0 is"),
+        ({"temperature": float("nan")}, "got nan"),
+        ({"temperature": float("inf")}, "got inf"),
+        ({"top_k": -1}, "top_k: expected at least 1, or 0 to cut nothing, got -1"),
         ({"top_p": 0.0}, r"top_p: expected a value in \(0, 1\]"),
         ({"top_p": 1.5}, "got 1.5"),
     ],

@@ -57,6 +57,31 @@ def test_matches_one_rank(num_ranks, method, layout):
     assert_same(divided(num_ranks, method, given, layout=layout), one_rank(*given))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", ["ulysses", "ring", "gathered"])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_matches_one_rank_in_the_layout_of_the_kernel(method, layout, is_causal):
+    """The three functions take the same parts of a text: Ulysses as well has them in zigzag."""
+    given = inputs()
+    function = {"ring": ring_attention, "gathered": gathered_attention,
+                "ulysses": ulysses_attention}[method]  # fmt: skip
+
+    def program(comm):
+        length = given[0].shape[2]
+        held = [positions(layout, length, rank, comm.size) for rank in range(comm.size)]
+        *qkv, grad = (x[:, :, held[comm.rank]] for x in given)
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        out = function(*leaves, comm, Kernel(is_causal=is_causal, layout=layout))
+        out.backward(grad)
+        order = torch.cat(held).argsort()
+        return [
+            comm.all_gather(x.transpose(0, 2).contiguous())[order].transpose(0, 2)
+            for x in (out.detach(), *(leaf.grad for leaf in leaves))
+        ]
+
+    assert_same(run(4, program, is_measured=False).results, one_rank(*given, is_causal=is_causal))
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
 @pytest.mark.parametrize("method", ["ulysses", "ulysses x ring"])
 def test_matches_one_rank_for_any_number_of_kv_heads(method, kv_heads):
@@ -195,8 +220,9 @@ def test_traffic_matches_the_formula(method, num_ranks):
         out.backward(grad)
         return forward, comm.traffic.total().wire_bytes - forward
 
+    wide = {} if method == "ulysses" else {"gradient_bytes": 4}
     expected = tuple(
-        attention_bytes(method, **SHAPE, num_ranks=num_ranks, gradient_bytes=4, is_backward=b)
+        attention_bytes(method, **SHAPE, num_ranks=num_ranks, is_backward=b, **wide)
         for b in (False, True)
     )
     assert run(num_ranks, program).results == [expected] * num_ranks

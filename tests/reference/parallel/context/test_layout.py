@@ -85,7 +85,7 @@ def test_balance():
 
 
 def test_rejects():
-    with pytest.raises(ValueError, match="layout: expected one of contiguous, zigzag, striped; g"):
+    with pytest.raises(ValueError, match="layout: expected contiguous, zigzag or striped, got"):
         stretches("spiral", 8, 0, 2)
     with pytest.raises(ValueError, match=r"multiple of 4 for 2 ranks, zigzag; got 6; pad"):
         stretches("zigzag", 6, 0, 2)

@@ -79,6 +79,43 @@ def test_a_rank_without_any_data_takes_part():
     assert run(3, program).results == [[[-1.0, -1.0]]] * 3
 
 
+def test_matches_the_mean_over_all_tokens_of_a_step():
+    """Texts of different lengths, on ranks with different numbers of them: each step's gradient is
+    that of one rank with all of the step's tokens."""
+    lengths = ([3, 1], [5, 2, 4], [0])
+
+    def texts(rank, i):
+        return torch.randn(
+            lengths[rank][i], 2, generator=torch.Generator().manual_seed(9 * rank + i)
+        )
+
+    def program(comm):
+        model, found = nn.Linear(2, 1, bias=False), []
+        ddp = DDP(model, comm)
+        mine = [texts(comm.rank, i) for i in range(len(lengths[comm.rank]))]
+        for x in uneven(ddp, mine, num_counted=len):
+            model.zero_grad()
+            ddp(x).square().sum().backward()
+            found.append(model.weight.grad.clone())
+        return found, model.weight.detach()
+
+    done = run(3, program).results
+    for i, found in enumerate(done[1][0]):
+        weight = done[1][1].clone().requires_grad_()
+        step = torch.cat([texts(rank, i) for rank in range(3) if i < len(lengths[rank])])
+        (step @ weight.T).square().mean().backward()
+        assert_close(found, weight.grad)
+
+
+def test_rejects_two_divisors():
+    def program(comm):
+        ddp = DDP(nn.Linear(1, 1), comm)
+        next(uneven(ddp, [1], divide_by_initial_world_size=False, num_counted=lambda _: 1))
+
+    with pytest.raises(ValueError, match="divide_by_initial_world_size: expected True"):
+        run(1, program)
+
+
 def test_without_it_the_others_wait_for_ever():
     def program(comm):
         ddp = DDP(nn.Linear(3, 2), comm)

@@ -26,6 +26,7 @@ from tests.reference.parallel.pipeline.workload import (
     fresh,
     gradients,
     loss_of,
+    losses_of,
     one_rank,
 )
 from tests.tolerances import TOLERANCE
@@ -37,7 +38,7 @@ def step(comm, make, num_micro, *, recompute="none", **changes):
     schedule = make(comm.size, num_micro)
     stages = split_llama(fresh(**changes), comm.rank, comm.size, recompute=recompute,
                          num_chunks=schedule.num_chunks)  # fmt: skip
-    loss = Pipeline(comm, stages, schedule, loss_of).step(*batch())
+    loss = Pipeline(comm, stages, schedule, losses_of).step(*batch())
     sum_tied_gradients(comm, stages)
     found = {}
     for stage in stages:
@@ -70,6 +71,36 @@ def test_matches_one_rank_with_tied_embeddings(name, world_size):
     for _, found in done.results:
         for key in found:
             assert_close(found[key], truth[key], **TOL, msg=key)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_matches_one_rank_where_micro_batches_count_different_numbers(name, is_empty):
+    """A mean of the micro-batches' means is another number (torchtitan#2206), and NaN where a
+    micro-batch counts nothing."""
+    tokens, targets = batch()
+    for row in range(8):
+        targets[row, : row + 1] = -100
+    if is_empty:
+        targets[:] = -100
+    model = fresh()
+    losses = losses_of(model(tokens), targets)
+    truth = losses.sum() / (targets != -100).sum().clamp(min=1)
+    truth.backward()
+
+    def program(comm):
+        schedule = SCHEDULES[name](comm.size, 4)
+        stages = split_llama(fresh(), comm.rank, comm.size, num_chunks=schedule.num_chunks)
+        loss = Pipeline(comm, stages, schedule, losses_of).step(tokens, targets)
+        return loss, [(n.removeprefix("model."), p.grad)
+                      for s in stages for n, p in s.named_parameters()]  # fmt: skip
+
+    expected = dict(model.named_parameters())
+    for loss, found in run(2, program, is_measured=False).results:
+        if loss is not None:
+            assert_close(loss, truth.detach(), **TOL)
+        for key, grad in found:
+            assert_close(grad, expected[key].grad, **TOL, msg=key)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -164,7 +195,7 @@ def squares(comm, make, num_micro, width=256, *, input_gradient=True):
     schedule = make(comm.size, num_micro)
     stages = [Square(width) for _ in range(schedule.num_chunks)]
     pipeline = Pipeline(
-        comm, stages, schedule, lambda y, t: (y - t).square().mean(), like=torch.empty_like
+        comm, stages, schedule, lambda y, t: (y - t).square(), like=torch.empty_like
     )
     x = torch.randn(num_micro * 8, width, requires_grad=input_gradient)
     comm.memory.reset_peak()
@@ -208,7 +239,7 @@ def test_ledger_shows_activations_of_the_micro_batches_in_flight(make):
 
 def test_rejects_what_does_not_fit():
     def program(comm, schedule, chunks=1, rows=4):
-        pipeline = Pipeline(comm, [Square(4)] * chunks, schedule, loss_of, like=torch.empty_like)
+        pipeline = Pipeline(comm, [Square(4)] * chunks, schedule, losses_of, like=torch.empty_like)
         pipeline.step(torch.ones(rows, 4), torch.ones(rows, 4))
 
     with pytest.raises(ValueError, match="schedule: expected one for 2 ranks, got 3"):
@@ -217,6 +248,13 @@ def test_rejects_what_does_not_fit():
         run(2, program, gpipe(2, 4), 2)
     with pytest.raises(ValueError, match="expected a multiple of 4 micro-batches, got 6"):
         run(2, program, gpipe(2, 4), 1, 6)
+
+    def mean_of(comm):
+        pipeline = Pipeline(comm, [Square(4)], gpipe(1, 2), nn.functional.mse_loss)
+        pipeline.step(torch.ones(4, 4), torch.ones(4, 4))
+
+    with pytest.raises(ValueError, match="losses: expected one for each of the targets, 8 of"):
+        run(1, mean_of)
 
 
 def test_rejects_a_stream_of_unknown_shape():

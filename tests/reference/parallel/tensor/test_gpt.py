@@ -54,7 +54,7 @@ def test_matches_one_rank_without_dropout(world_size, sequence_parallel):
         leaf = cut(x).clone().requires_grad_()
         y = part(leaf)
         y.backward(cut(grad))
-        alike = [part.out_bias, part.down_bias, part.norms[0].weight, part.norms[1].bias]
+        alike = [part.out.bias, part.down.bias, part.norms[0].weight, part.norms[1].bias]
         return y.detach(), leaf.grad, [p.grad for p in alike], part.up.weight.grad
 
     leaf = x.clone().requires_grad_()
@@ -159,6 +159,15 @@ def test_attention_term_matches_the_paper(seq_len, batch, dim, num_heads, expect
     whole = layer_activation_bytes(seq_len, batch, dim, num_heads) / size
     without = layer_activation_bytes(seq_len, batch, dim, num_heads, recompute="selective") / size
     assert (without, whole - without) == (34, expected)
+
+
+def test_full_recomputation_keeps_the_input_of_a_layer():
+    """With sequence parallelism it is this rank's positions: 2 bytes of each of s b h / t."""
+    for sequence_parallel, t in ((False, 1), (True, 8)):
+        kept = layer_activation_bytes(
+            64, 2, 32, 8, num_ranks=8, recompute="full", sequence_parallel=sequence_parallel
+        )
+        assert kept == 2 * 64 * 2 * 32 / t
 
 
 def test_formula_rejects():

@@ -117,6 +117,31 @@ def test_products_reject_meshes():
         run(2, lambda comm: matmul_2_5d(comm.mesh(depth=2, row=1, column=1), x, x))
 
 
+def test_rejects_gradients_that_would_not_come_back():
+    """all_gather and broadcast are no operations of autograd's: x.grad would be None, or a part."""
+    x = torch.zeros(1, 2, 2, requires_grad=True)
+
+    def product(comm, act):
+        act(comm)
+
+    for act in (
+        lambda comm: gathered_linear(x, x[0].detach(), comm),
+        lambda comm: overlapped_linear(x, x[0].detach(), comm),
+        lambda comm: matmul_1d(comm, x[0].detach(), x[0]),
+        lambda comm: matmul_2d(comm.mesh(row=1, column=1), x[0], x[0]),
+        lambda comm: matmul_2_5d(comm.mesh(depth=1, row=1, column=1), x[0], x[0]),
+    ):
+        with pytest.raises(ValueError, match="expected a tensor without requires_grad"):
+            run(1, product, act)
+    with torch.no_grad():
+        assert run(1, lambda comm: gathered_linear(x, x[0], comm).shape).results == [(1, 2, 2)]
+
+
+def test_rejects_matrices_that_do_not_divide():
+    with pytest.raises(ValueError, match=r"whole: expected a shape of multiples of \(2, 2\)"):
+        run(4, lambda comm: block_of(comm.mesh(row=2, column=2), torch.zeros(4, 5)))
+
+
 MLP = (
     Einsum("h", "btd,df->btf", ("x", "w1")),
     Einsum("y", "btf,fd->btd", ("h", "w2")),

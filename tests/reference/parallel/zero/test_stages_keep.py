@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from reference.lora import LoRAConfig, add_adapter
 from reference.parallel.ranks import run
+from reference.parallel.tensor import parallelize
 from reference.parallel.zero import FSDP, Zero, save_sharded
 from reference.transformer.optimizer import AdamW, decay_groups
 from tests.reference.parallel.zero.workload import adamw, batches, fresh, loss_of, rows_of
@@ -196,3 +197,30 @@ def test_rejects_what_is_sharded_already():
         run(2, twice)
     with pytest.raises(TypeError, match="model: expected an FSDP, got Llama; .* save_replica"):
         run(1, lambda comm: save_sharded("nowhere", fresh()))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_clips_by_the_whole_norm_under_tensor_parallelism(stage):
+    """What tensor ranks hold alike counts once, what they divide as a whole (NeMo/RL #3788)."""
+    alone = fresh(vocab_size=32)
+    loss_of(alone, batches()[0]).backward()
+    truth = nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
+
+    def program(comm):
+        mesh = comm.mesh(dp=2, tp=2)
+        part = parallelize(fresh(vocab_size=32), mesh.tp, gather_logits=True)
+        rows = batches()[0].chunk(2)[mesh.dp.rank]
+        if stage == 3:
+            held = FSDP(part, mesh.dp, part.layers)
+            loss_of(held, rows).backward()
+        else:
+            held = Zero(part, mesh.dp, stage, adamw)
+            loss_of(part, rows).backward()
+        with pytest.raises(ValueError, match="tensor: expected the group of tensor parallel"):
+            held.clip_grad_norm(0.5)
+        norm = held.clip_grad_norm(0.5, tensor=mesh.tp)
+        return norm, held.clip_grad_norm(100.0, tensor=mesh.tp)
+
+    for norm, after in run(4, program).results:
+        assert_close(norm, truth, **CLOSE)
+        assert_close(after, torch.tensor(0.5), rtol=1e-5, atol=0)
