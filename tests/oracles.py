@@ -12,7 +12,7 @@ def needs(oracle: Oracle):
     """Mark a test that compares with this system."""
     return pytest.mark.skipif(
         not (ORACLES / oracle.folder).is_dir(),
-        reason=f"{oracle.folder} is not in .cache/oracles; `make oracles` fetches it or says why not",
+        reason=f"{oracle.folder} is not in .cache/oracles; run `make oracles`, which says why",
     )
 
 

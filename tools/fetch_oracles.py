@@ -1,8 +1,8 @@
-"""`python -m tools.fetch_oracles`: put production systems under .cache/, which only tests compare with.
+"""`python -m tools.fetch_oracles`: production systems for tests to compare with.
 
-Each lies in a folder of its own, named by its version, and never enters .venv: there it would pull in
-other versions of its neighbours, or slow down whoever finds it. Tests that need one put its folder
-on the path of a process of their own (tests/oracles.py), and are skipped where it is not.
+Each lies in a folder of its own under .cache/, named by its version, and never enters .venv: there
+it would pull in other versions of its neighbours, or slow down whoever finds it. A test that needs
+one puts its folder on the path of a process of its own (tests/oracles.py), or is skipped.
 """
 
 import argparse
@@ -113,9 +113,11 @@ def unpack(oracle: Oracle, work: Path) -> None:
         with tarfile.open(next(work.glob("*.tar.gz"))) as archive:
             members = [m for m in archive.getmembers() if m.name.startswith(inside)]
             archive.extractall(work / "source", members, filter="data")
-        (work / "source" / inside).rename(work / "done" / oracle.package)
     except (OSError, StopIteration, tarfile.TarError) as error:
-        raise FetchError(f"{oracle.folder} is not the archive that was expected: {error}") from error
+        raise FetchError(f"{oracle.folder}: expected an archive of its source: {error}") from error
+    if not members:
+        raise FetchError(f"expected {inside} in its archive, found no such folder")
+    (work / "source" / inside).rename(work / "done" / oracle.package)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ fsdp               stage 3: gather, compute, forget; prefetch, mixed precision, 
 unit, ownership    the shards of some modules' parameters; which unit owns which
 gather, notes      between shards and whole parameters, under autograd
 reduction          one gradient buffer at a time; the norm of what nobody holds whole
-checkpoint         written by N ranks, read by M
+checkpoint         written by N ranks, read by M; distributed_checkpoint, apart: in torch's format
 
 Letters: P parameters (or elements of a unit's vector), N ranks, n = P/N a rank's part.
 """
