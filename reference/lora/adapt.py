@@ -20,13 +20,24 @@ def add_adapter(model: nn.Module, config: LoRAConfig, name: str = "default") -> 
 
     Returns the model, changed in place. "all-linear" leaves out the head, as peft does.
 
-    Raises: ValueError for targets that match nothing, a name that is taken, a rank above a
-    matrix's, base weights that are not finite, or a model that is divided already.
+    All is checked before anything changes.
+
+    Raises: ValueError for targets that match nothing, a name that is taken or that a module cannot
+    have (with a dot), a rank above a matrix's, base weights that are not finite, a model that is
+    divided already, or while adapters are merged.
     """
     found = list(_targets(model, config.targets))
     if not found:
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if _linear(m)})
         raise ValueError(f"targets: expected some of {', '.join(linear)}; got {config.targets!r}")
+    if not found[0][0]:
+        raise ValueError("model: expected a module around the linear layers, got one of them")
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"name: expected one that a module may have, got {name!r}; without dots: "
+            f"{(name or 'default').replace('.', '_')!r}"
+        )
+    _check_unmerged("add_adapter", model)
     for path, layer in found:
         check_is_whole(path, layer.base if isinstance(layer, LoRALinear) else layer)
         weight = layer.weight
@@ -62,29 +73,39 @@ def set_adapter(model: nn.Module, *names: str) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"name: expected some of {', '.join(known)}; got {', '.join(unknown)}")
+    _check_unmerged("set_adapter", model)
     for layer in lora_layers(model):
-        if layer._unmerged is not None:
-            raise ValueError("set_adapter: adapters are merged into the weights; unmerge first")
         layer.active = [name for name in names if name in layer.adapters]
         for name, adapter in layer.adapters.items():
             adapter.requires_grad_(name in names)
 
 
 def merge(model: nn.Module) -> None:
-    """Add the active adapters into the weights: the base's cost from now on.
+    """Add the active adapters into the weights: the base's cost from now on. All layers or none.
 
-    Raises: ValueError where they are merged already, or nothing is there.
+    Raises: ValueError where they are merged already, nothing is there, sums are not finite, or an
+    adapted weight is used elsewhere as well, as a tied head's is: the embedding would change too.
     """
     layers = _some_layers(model)
-    if layers[0]._unmerged is not None:
-        raise ValueError("merge: the adapters are merged already; unmerge first")
-    for layer in layers:
-        layer.merge()
+    _check_unmerged("merge", model)
+    _check_own_weights(model)
+    done: list[LoRALinear] = []
+    try:
+        for layer in layers:
+            layer.merge()
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
 
 
 def unmerge(model: nn.Module) -> None:
     """Undo `merge`, bit for bit. Raises: ValueError where nothing is merged."""
-    for layer in _some_layers(model):
+    layers = _some_layers(model)
+    if any(layer._unmerged is None for layer in layers):
+        raise ValueError("unmerge: nothing is merged, or not everywhere")
+    for layer in layers:
         layer.unmerge()
 
 
@@ -108,8 +129,7 @@ def use_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     if unknown:
         raise ValueError(f"names: expected some of {', '.join(known)}; got {', '.join(unknown)}")
     layers = list(lora_layers(model))
-    if any(layer._unmerged is not None for layer in layers):
-        raise ValueError("use_rows: adapters are merged into the weights; unmerge first")
+    _check_unmerged("use_rows", model)
     for layer in layers:
         order = list(layer.adapters)
         index = [order.index(n) if n is not None and n in order else -1 for n in names]
@@ -141,6 +161,25 @@ def _some_layers(model: nn.Module) -> list[LoRALinear]:
     if not layers:
         raise ValueError("model: expected adapters, found none; add_adapter puts them on")
     return layers
+
+
+def _check_unmerged(what: str, model: nn.Module) -> None:
+    if any(layer._unmerged is not None for layer in lora_layers(model)):
+        raise ValueError(f"{what}: the adapters are merged already; unmerge first")
+
+
+def _check_own_weights(model: nn.Module) -> None:
+    """That each adapted weight belongs to one module alone."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for own in module.parameters(recurse=False):
+            owners.setdefault(own.data_ptr() or id(own), []).append(path)
+    for layer in lora_layers(model):
+        if layer.active and len(users := owners[layer.weight.data_ptr() or id(layer.weight)]) > 1:
+            raise ValueError(
+                f"merge: expected a weight of its own, {' and '.join(users)} share one; give the "
+                "adapted layer a copy first (weight = nn.Parameter(weight.clone()))"
+            )
 
 
 def _linear(module: nn.Module) -> bool:

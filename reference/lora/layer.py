@@ -102,8 +102,9 @@ class Adapter(nn.Module):
         return F.dropout(x, self.config.dropout, self.training)
 
     def delta(self) -> Float[Tensor, "F D"]:
-        """The change of the weight that this adapter stands for."""
-        return lora_delta(self.a, self.b, self.config.scaling)
+        """The change of the weight that this adapter stands for, in float32 at least."""
+        wide = torch.promote_types(self.a.dtype, torch.float32)
+        return lora_delta(self.a.to(wide), self.b.to(wide), self.config.scaling)
 
 
 class LoRALinear(nn.Module):
@@ -156,13 +157,25 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Add the active adapters into the weight. The weight before is kept, for `unmerge`.
 
-        Raises: ValueError where something is merged already.
+        Summed up in float32 and rounded once to the weight's dtype, however many there are.
+
+        Raises: ValueError where something is merged already, or the sum is not finite; then
+        nothing has changed.
         """
         if self._unmerged is not None:
             raise ValueError("merge: the adapters are merged already; unmerge first")
-        self._unmerged = self.base.weight.detach().clone()
+        weight = self.base.weight
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for name in self.active:
-            self.base.weight += self.adapter(name).delta()
+            merged = merged + self.adapter(name).delta()
+        merged = merged.to(weight.dtype)
+        if not merged.is_meta and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"merge: expected finite weights, got inf or NaN in {weight.dtype}; the adapter is "
+                "broken, or too large for this dtype"
+            )
+        self._unmerged = weight.detach().clone()
+        weight.copy_(merged)
 
     @torch.no_grad()
     def unmerge(self) -> None:

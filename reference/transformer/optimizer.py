@@ -106,16 +106,19 @@ def decay_groups(
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
+def clip_gradients(parameters: Tensor | Iterable[Tensor], max_norm: float) -> float:
     """Shrink all gradients by one factor so that their joint norm is at most max_norm.
 
-    Returns the norm before. The factor is max_norm / (norm + 1e-6), as torch has it.
+    Returns the norm before. The factor is max_norm / (norm + 1e-6), as torch has it; one tensor is
+    taken as well as many.
 
     Raises: ValueError for a max_norm that is not positive.
     Source: Pascanu et al., arXiv 1211.5063, alg. 1.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm: expected more than 0, got {max_norm}")
+    if isinstance(parameters, Tensor):  # which can be iterated over as well: its rows have no grad
+        parameters = [parameters]
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return 0.0

@@ -295,7 +295,7 @@ def test_rejects_a_broken_base():
 def test_rejects_adapters_for_another_base(tmp_path):
     save_adapter(add_adapter(fresh(), QV), tmp_path)
     wider = Llama(LlamaConfig(vocab_size=40, dim=32, hidden_dim=24, num_layers=2, num_heads=4))
-    with pytest.raises(ValueError, match=r"expected A \(3, 32\).*another base"):
+    with pytest.raises(ValueError, match=r"q_proj.lora_A.weight: expected \(3, 32\).*another base"):
         load_adapter(wider, tmp_path)
     deeper = Llama(LlamaConfig(vocab_size=40, dim=16, hidden_dim=24, num_layers=3, num_heads=4))
     with pytest.raises(ValueError, match="differs in .*layers.2.*another base"):
