@@ -31,6 +31,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -58,7 +59,7 @@ from reference.parallel.data_parallel import (
     tree_all_reduce,
     uneven,
 )
-from reference.parallel.ranks import CLASSROOM, DGX_H100, Deadlock, run
+from reference.parallel.ranks import CLASSROOM, DGX_H100, CollectiveMismatch, Deadlock, run
 from reference.pretrained import passage
 from reference.transformer import Llama, LlamaConfig
 
@@ -1000,6 +1001,48 @@ except RuntimeError as error:
 # - **The learning rate stays** when the batch grows N-fold: fewer steps of the same size.
 # - **Metrics of rank 0** are metrics of one N-th of the data.
 # - **Buffers are broadcast in each forward**, also those that never change.
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
+# **This went wrong in production.** Backends compare nothing. Ranks whose tensors differ hang or
+# get garbage (nccl #1394, #1417); a max keeps a NaN or loses it by the rank that has it (mlx
+# #4072, and gloo below); a buffer is used again while it is still being sent (sglang #28901).
+#
+# <!-- notes: Two real processes, first as gloo has it, then as `Comm` has it. Ask before the first
+# line what 1 and 1 make when one rank says float32 and the other int32: 1 on one rank, on the other
+# the bits of 1.0 read as an integer, and no error anywhere. Then the NaN: rank 1's is lost, the
+# other stays; a guard that looks for NaN in the maximum works for one rank in two. Last the buffer:
+# the message leaves when it likes: what arrives is the old value or the new. Three minutes. -->
+
+
+# %% slideshow={"slide_type": "skip"}
+def went_wrong(comm):
+    said = []
+    ones = torch.ones(2, dtype=torch.int32 if comm.rank else torch.float32)
+    loss = torch.tensor([1.0, torch.nan] if comm.rank else [torch.nan, 2.0])
+    plain_sum, plain_max = ones.clone(), loss.clone()
+    dist.all_reduce(plain_sum)
+    dist.all_reduce(plain_max, dist.ReduceOp.MAX)
+    try:
+        comm.all_reduce(ones)
+    except CollectiveMismatch as error:
+        said.append(str(error).split("\n")[0])
+    ours_max = comm.all_reduce(loss, "max")
+    message = torch.zeros(2)
+    under_way = comm.irecv(message, src=0) if comm.rank else comm.isend(message, dst=1)
+    if comm.rank == 0:
+        message += 1
+    try:
+        under_way.wait()
+    except RuntimeError as error:
+        said.append(str(error).split(";")[0])
+    return [t.tolist() for t in (plain_sum, plain_max, ours_max)], said
+
+
+# %% slideshow={"slide_type": "fragment"}
+for rank, (values, said) in enumerate(run(2, went_wrong, backend="processes").results):
+    print(f"rank {rank}: sum of 1 and 1 by gloo {values[0]}")
+    print(f"        max by gloo {values[1]}, ours {values[2]}")
+    print("        ours:", "\n              ".join(said))
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 17. Summary

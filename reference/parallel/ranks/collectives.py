@@ -22,6 +22,7 @@ from torch import Tensor
 from reference.parallel.ranks.calls import Call
 from reference.parallel.ranks.reductions import reduce_in_rank_order
 
+
 class CollectiveMismatch(RuntimeError):
     """Ranks met in one collective of a group with calls that do not fit each other."""
 

@@ -60,7 +60,7 @@ class Comm(Membership):
     """One rank's end of a group. Made by `run`, `split` and `mesh`.
 
     Every rank of the group must call the same collective with the same shape and dtype, in the same
-    order. Reductions are "sum", "mean", "product", "min" and "max"; `reductions` says on which dtypes.
+    order. Reductions are "sum", "mean", "product", "min" and "max", on the dtypes of `reductions`.
 
     Raises (all operations): ValueError and TypeError for arguments that cannot be right;
     CollectiveMismatch and Deadlock, which name each rank, its call and its line.

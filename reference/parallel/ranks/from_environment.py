@@ -51,8 +51,8 @@ def comm_from_environment(
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    is_refereed = (
-        device.type == "cpu" and 1 < world_size == int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    is_refereed = device.type == "cpu" and 1 < world_size == int(
+        os.environ.get("LOCAL_WORLD_SIZE", 1)
     )
     with tempfile.TemporaryDirectory() as folder:
         path = _fork_referee(folder, world_size) if is_refereed and rank == 0 else ""

@@ -61,7 +61,7 @@ def _num_writes(tensor: Tensor) -> int | None:
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _bytes(tensor: Tensor) -> Tensor:

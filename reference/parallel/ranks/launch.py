@@ -63,9 +63,7 @@ def run(
         if shapes_only:
             raise ValueError("shapes_only: expected simulated ranks; processes move values")
         seconds = DEFAULT_TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds
-        ended = run_processes(
-            world_size, Job(program, args, hardware, seed, is_measured, seconds)
-        )
+        ended = run_processes(world_size, Job(program, args, hardware, seed, is_measured, seconds))
     elif backend == "simulated":
         if timeout_seconds is not None:
             raise ValueError(

@@ -171,9 +171,7 @@ class Membership:
 
     def _call(self, operation: str, group: Group, value: Any = None) -> Call:
         source, asked_by = calling_line()
-        return Call(
-            operation, group, self._me.rank, value=value, source=source, asked_by=asked_by
-        )
+        return Call(operation, group, self._me.rank, value=value, source=source, asked_by=asked_by)
 
     def _sub_group(self, name: str, ranks: tuple[int, ...]) -> Comm:
         group = Group(name, ranks)

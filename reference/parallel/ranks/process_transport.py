@@ -1,26 +1,20 @@
 """Calls carried out by torch.distributed, one process a rank."""
 
-from collections.abc import Callable
+import threading
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from reference.parallel.ranks.calls import Call, Group
 from reference.parallel.ranks.clock import Clock
 from reference.parallel.ranks.control import Control
-from reference.parallel.ranks.reductions import from_wire, to_wire
+from reference.parallel.ranks.reductions import from_wire
+from reference.parallel.ranks.starters import STARTERS
 
-# A mean is a sum, divided at the end, as in simulation.
-REDUCE_OPS = {
-    "sum": dist.ReduceOp.SUM,
-    "mean": dist.ReduceOp.SUM,
-    "product": dist.ReduceOp.PRODUCT,
-    "min": dist.ReduceOp.MIN,
-    "max": dist.ReduceOp.MAX,
-}
 POLL_SECONDS = 2e-4
 
 
@@ -34,6 +28,7 @@ class Ticket:
     is_answered: bool = False
     error: BaseException | None = None
     work: Any = None
+    end: Future[Any] | None = None
     buffer: Tensor | None = None
 
 
@@ -104,7 +99,7 @@ class Processes:
         if ticket.error is not None:
             raise ticket.error
         if ticket.work is not None:
-            self._finish(ticket.work)
+            self._finish(ticket)
         if ticket.buffer is not None and call.out is not None:
             result = ticket.buffer
             if call.reduction is not None:
@@ -114,123 +109,36 @@ class Processes:
             call.out.copy_(result.view(call.out.dtype).view_as(call.out))
         self.clock.wait(call.rank, ticket.end_seconds)
 
-    def _finish(self, work: Any) -> None:
+    def _finish(self, ticket: Ticket) -> None:
         """Wait for it; others may wait for what this rank has announced and not yet started."""
-        while self.control is not None and self._pending and not work.is_completed():
-            self._take_in(self.control.receive(POLL_SECONDS))
-        work.wait()
+        if ticket.end is None and not (self.control is not None and self._pending):
+            ticket.work.wait()
+            return
+        end = self._end(ticket)
+        while self.control is not None and self._pending and not end.done():
+            wait_for([end], timeout=POLL_SECONDS)
+            self._take_in(self.control.receive())
+        end.result()
+
+    def _end(self, ticket: Ticket) -> Future[Any]:
+        """Its end, awaited by a thread: gloo's messages never say by themselves that they came."""
+        if ticket.end is None:
+            ticket.end = Future()
+            threading.Thread(target=_await, args=(ticket.work, ticket.end), daemon=True).start()
+        return ticket.end
 
     def is_completed(self, call: Call, ticket: Ticket) -> bool:
         if self.control is not None:
             self._take_in(self.control.receive())
             if not ticket.is_answered:
                 return False
-        return ticket.error is not None or ticket.work is None or ticket.work.is_completed()
+        if ticket.error is not None or ticket.work is None:
+            return True
+        return self._end(ticket).done() if call.is_message else bool(ticket.work.is_completed())
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """Its bytes, row by row: gloo moves few dtypes, and none differ in being moved."""
-    rows = tensor.shape[0] if tensor.ndim else 1
-    row = tensor.numel() // rows if rows else 0
-    return tensor.reshape(rows, row).view(torch.uint8)
-
-
-def _reduced(call: Call) -> tuple[Tensor, Any]:
-    assert call.tensor is not None and call.reduction is not None
-    op = REDUCE_OPS[call.reduction]
-    if call.tensor.dtype == torch.bool:
-        op = dist.ReduceOp.MAX if call.reduction in ("sum", "max") else dist.ReduceOp.MIN
-    return to_wire(call.tensor, call.reduction), op
-
-
-def _input(call: Call) -> Tensor:
-    assert call.tensor is not None
-    return _plain(call.tensor.contiguous())
-
-
-def _copy(call: Call) -> Tensor:
-    assert call.tensor is not None
-    return _plain(call.tensor.clone(memory_format=torch.contiguous_format))
-
-
-def _empty(call: Call) -> Tensor:
-    assert call.out is not None
-    return _plain(torch.empty(call.out.shape, dtype=call.out.dtype, device=call.out.device))
-
-
-def _all_reduce(call: Call, group: Any) -> tuple[Any, Tensor]:
-    buffer, op = _reduced(call)
-    return dist.all_reduce(buffer, op, group, async_op=True), buffer
-
-
-def _reduce(call: Call, group: Any) -> tuple[Any, Tensor]:
-    buffer, op = _reduced(call)
-    return dist.reduce(buffer, op=op, group=group, async_op=True, group_dst=call.root), buffer
-
-
-def _broadcast(call: Call, group: Any) -> tuple[Any, Tensor]:
-    buffer = _copy(call)
-    return dist.broadcast(buffer, group=group, async_op=True, group_src=call.root), buffer
-
-
-def _all_gather(call: Call, group: Any) -> tuple[Any, Tensor]:
-    buffer = _empty(call)
-    return dist.all_gather_single(buffer, _input(call), group, async_op=True), buffer
-
-
-def _gather(call: Call, group: Any) -> tuple[Any, Tensor | None]:
-    buffer = None if call.out is None else _empty(call)
-    parts = None if buffer is None else list(buffer.tensor_split(call.group.size))
-    work = dist.gather(_input(call), parts, group=group, async_op=True, group_dst=call.root)
-    return work, buffer
-
-
-def _reduce_scatter(call: Call, group: Any) -> tuple[Any, Tensor]:
-    assert call.out is not None
-    whole, op = _reduced(call)
-    buffer = torch.empty(call.out.shape, dtype=whole.dtype, device=whole.device)
-    return dist.reduce_scatter_single(buffer, whole, op, group, async_op=True), buffer
-
-
-def _scatter(call: Call, group: Any) -> tuple[Any, Tensor]:
-    buffer = _empty(call)
-    parts = None
-    if call.tensor is not None:
-        parts = [part.view_as(buffer) for part in _input(call).tensor_split(call.group.size)]
-    return dist.scatter(buffer, parts, group=group, async_op=True, group_src=call.root), buffer
-
-
-def _all_to_all(call: Call, group: Any) -> tuple[Any, Tensor]:
-    assert call.input_splits is not None and call.output_splits is not None
-    buffer = _empty(call)
-    splits = list(call.output_splits), list(call.input_splits)
-    return dist.all_to_all_single(buffer, _input(call), *splits, group, async_op=True), buffer
-
-
-def _barrier(call: Call, group: Any) -> tuple[Any, None]:
-    return dist.barrier(group=group, async_op=True), None
-
-
-def _send(call: Call, group: Any) -> tuple[Any, None]:
-    return dist.isend(_copy(call), group=group, tag=call.tag, group_dst=call.root), None
-
-
-def _recv(call: Call, group: Any) -> tuple[Any, Tensor]:
-    buffer = _empty(call)
-    return dist.irecv(buffer, group=group, tag=call.tag, group_src=call.root), buffer
-
-
-Starter = Callable[[Call, Any], tuple[Any, Tensor | None]]
-STARTERS: dict[str, Starter] = {
-    "all_reduce": _all_reduce,
-    "reduce": _reduce,
-    "broadcast": _broadcast,
-    "all_gather": _all_gather,
-    "gather": _gather,
-    "reduce_scatter": _reduce_scatter,
-    "scatter": _scatter,
-    "all_to_all": _all_to_all,
-    "barrier": _barrier,
-    "send": _send,
-    "recv": _recv,
-}
+def _await(work: Any, end: Future[Any]) -> None:
+    try:
+        end.set_result(work.wait())
+    except BaseException as error:
+        end.set_exception(error)

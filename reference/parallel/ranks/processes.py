@@ -80,8 +80,10 @@ def run_processes(world_size: int, job: Job) -> list[Ended]:
                 process.kill()
                 process.join()
                 process.close()
-            for end in (*pipes, *lines):
-                end.close()
+            for pipe in pipes:
+                pipe.close()
+            for line in lines:
+                line.close()
 
 
 def _child(

@@ -85,7 +85,9 @@ def test_matches_torch_in_each_dtype_on_both_backends(world_size):
             if name == "reduce" and rank:
                 continue
             part = LENGTH // world_size
-            mine = slice(rank * part, (rank + 1) * part) if name == "reduce_scatter" else slice(None)
+            mine = (
+                slice(rank * part, (rank + 1) * part) if name == "reduce_scatter" else slice(None)
+            )
             orders = in_every_order([draw(r, dtype)[mine] for r in range(world_size)], op)
             possible = torch.stack([is_same(result, order) for order in orders])
             assert possible.any(0).all(), key

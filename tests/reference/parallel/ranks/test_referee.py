@@ -195,6 +195,25 @@ def test_operations_under_way_do_not_hold_each_other_up():
     assert processes == run(4, program).results
 
 
+def test_messages_in_a_ring_with_others_under_way():
+    """Each rank waits for one message while it owes another; who only asks is told as well."""
+
+    def program(comm):
+        here, after, before = comm.rank, (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+        got = [torch.empty(1) for _ in range(4)]
+        for i in range(0, 4, 2):
+            sends = [comm.isend(torch.ones(1) * (here + j), after, tag=j) for j in (i, i + 1)]
+            late, early = (comm.irecv(got[j], before, tag=j) for j in (i + 1, i))
+            late.wait()
+            while not early.is_completed():
+                pass
+            for handle in (early, *sends):
+                handle.wait()
+        return [x.item() for x in got]
+
+    assert run(3, program, backend="processes").results == run(3, program).results
+
+
 def test_many_operations_under_way():
     """More answers than a socket holds, while nobody listens."""
 
