@@ -45,7 +45,8 @@ class Call:
 
     `rank` is global; `root` (the source or destination) counts within the group. `tensor` is what
     the rank gives, `out` is where its result will be written; either may be missing. `sequence`
-    numbers the collectives of a group, or the messages of a channel, on each rank.
+    numbers the collectives of a group, or the messages of a channel, on each rank. `what` names
+    what the tensors are, where shapes alone would not tell one layer from another.
     """
 
     operation: str
@@ -59,6 +60,7 @@ class Call:
     input_splits: tuple[int, ...] | None = None
     output_splits: tuple[int, ...] | None = None
     value: Any = None
+    what: str = ""
     source: Source = NOWHERE
     asked_by: Source = NOWHERE
     ready_seconds: float = 0.0
@@ -97,6 +99,7 @@ class Call:
         if tensor is not None:
             name += f" of {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
             name += "" if tensor.device.type == "cpu" else f" on {tensor.device}"
+        name += f" of {self.what}" if self.what else ""
         if self.input_splits is not None:
             name += f", sending {self.input_splits} and expecting {self.output_splits}"
         asker = f" (asked by {self.asked_by[2]})" if self.asked_by[2] else ""

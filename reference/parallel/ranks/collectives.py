@@ -87,6 +87,7 @@ def disagreement(calls: Sequence[Call]) -> str | None:
             "dtype": _dtype,
             "device": _device,
             "shape": _shape,
+            "contents": lambda c: c.what,
         }
     for what, view in views.items():
         if len({view(call) for call in calls}) > 1:

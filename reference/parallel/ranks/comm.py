@@ -90,11 +90,19 @@ class Comm(Membership):
         return self._do("broadcast", tensor, out, async_op, tensor, root=src)
 
     def all_gather(
-        self, tensor: Tensor, *, out: Tensor | None = None, async_op: bool = False
+        self,
+        tensor: Tensor,
+        *,
+        out: Tensor | None = None,
+        what: str = "",
+        async_op: bool = False,
     ) -> Any:
-        """Concatenate all ranks' tensors along dimension 0: (n, ...) -> (N n, ...)."""
+        """Concatenate all ranks' tensors along dimension 0: (n, ...) -> (N n, ...).
+
+        `what` they are, on all ranks the same words: parts of another layer may have their shape.
+        """
         out = self._out(out, tensor, self._rows(tensor) * self.size)
-        return self._do("all_gather", tensor, out, async_op)
+        return self._do("all_gather", tensor, out, async_op, what=what)
 
     def gather(self, tensor: Tensor, dst: int, *, async_op: bool = False) -> Any:
         """As all_gather, on rank `dst` alone; None on the others."""
@@ -103,12 +111,21 @@ class Comm(Membership):
         return self._do("gather", tensor, out, async_op, root=dst)
 
     def reduce_scatter(
-        self, tensor: Tensor, op: str = "sum", *, out: Tensor | None = None, async_op: bool = False
+        self,
+        tensor: Tensor,
+        op: str = "sum",
+        *,
+        out: Tensor | None = None,
+        what: str = "",
+        async_op: bool = False,
     ) -> Any:
-        """Reduce, and keep this rank's part of dimension 0: (N n, ...) -> (n, ...)."""
+        """Reduce, and keep this rank's part of dimension 0: (N n, ...) -> (n, ...).
+
+        `what` is reduced, as in `all_gather`.
+        """
         check_reducible(tensor, op)
         out = self._out(out, tensor, self._part(tensor))
-        return self._do("reduce_scatter", tensor, out, async_op, reduction=op)
+        return self._do("reduce_scatter", tensor, out, async_op, reduction=op, what=what)
 
     def scatter(
         self, out: Tensor, tensor: Tensor | None = None, *, src: int, async_op: bool = False

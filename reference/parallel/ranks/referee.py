@@ -48,7 +48,8 @@ def encode(call: Call, group: int) -> dict[str, Any]:
     return {
         "operation": call.operation, "group": group, "reduction": call.reduction,
         "root": call.root, "tag": call.tag, "input_splits": call.input_splits,
-        "output_splits": call.output_splits, "source": call.source, "asked_by": call.asked_by,
+        "output_splits": call.output_splits, "what": call.what, "source": call.source,
+        "asked_by": call.asked_by,
         **tensors,
     }  # fmt: skip
 

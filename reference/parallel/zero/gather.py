@@ -119,7 +119,7 @@ class Gathering:
 
     def check_reduced(self) -> None:
         """Raises: RuntimeError while gradients wait that no_sync has kept back."""
-        waiting = [unit.name or "the root" for unit in self.units if unit.owed]
+        waiting = [unit.label for unit in self.units if unit.owed]
         if waiting:
             raise RuntimeError(
                 f"gradients of {', '.join(waiting)} wait unreduced since no_sync; the last "
@@ -182,7 +182,7 @@ class Gathering:
             is_used = _values(counts.flatten())
             unit.accumulate({i: p for i, p, u in zip(chosen, parts, is_used, strict=True) if u})
 
-        self._reducer.start(message, deliver)
+        self._reducer.start(message, deliver, f"gradients of {unit.label}")
 
     def _expect_end(self) -> None:
         if not self._has_callback:

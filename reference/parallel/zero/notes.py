@@ -30,7 +30,7 @@ class Note(NamedTuple):
         """The view. Raises: RuntimeError after an optimizer's step, for values that are gone."""
         if self.version != self.unit.version:
             raise RuntimeError(
-                f"{self.unit.name or 'the root'}: its parameters have changed since the forward of "
+                f"{self.unit.label}: its parameters have changed since the forward of "
                 "which this is the backward; call backward before the optimizer's step"
             )
         whole = self.unit.unshard()[self.base]

@@ -30,13 +30,14 @@ class GradientReducer:
         self._scattering: tuple[Handle, Deliver] | None = None
         self._averaging: tuple[Handle, Deliver] | None = None
 
-    def start(self, flat: Float[Tensor, " P"], deliver: Deliver) -> None:
+    def start(self, flat: Float[Tensor, " P"], deliver: Deliver, what: str = "") -> None:
         """Begin to reduce a vector of full gradients; `deliver` gets this rank's part of the mean.
 
         The caller drops its reference, so that the buffer dies with the operation.
         """
         self._end_scattering()
-        self._scattering = self._comm.reduce_scatter(flat, "mean", async_op=True), deliver
+        handle = self._comm.reduce_scatter(flat, "mean", what=what, async_op=True)
+        self._scattering = handle, deliver
 
     def finish(self) -> None:
         """Wait for all that was started."""

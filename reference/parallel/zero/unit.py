@@ -44,6 +44,11 @@ class Unit:
         self._layout = RowLayout(shapes, self._dtypes(dtype), comm.size)
 
     @property
+    def label(self) -> str:
+        """The unit in words."""
+        return self.name or "the root"
+
+    @property
     def learning(self) -> list[int]:
         """Which parameters require a gradient, now."""
         return [i for i, held in enumerate(self.held) if held.parameter.requires_grad]
@@ -63,7 +68,8 @@ class Unit:
                 for held, dtype in zip(self.held, self._layout.dtypes, strict=True)
             ]
             self._gathered = self.version
-            self._gathering = self.comm.all_gather(self._layout.pack(shards), async_op=True)
+            row = self._layout.pack(shards)
+            self._gathering = self.comm.all_gather(row, what=self.label, async_op=True)
 
     def unshard(self) -> list[Tensor]:
         """The whole parameters, waited for; at once if they are there."""

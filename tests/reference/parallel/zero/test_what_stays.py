@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from reference.lora import LoRAConfig, add_adapter
 from reference.parallel.data_parallel import DDP
-from reference.parallel.ranks import run
+from reference.parallel.ranks import CollectiveMismatch, run
 from reference.parallel.zero import FSDP, load_sharded, save_sharded
 from reference.transformer.optimizer import decay_groups
 from tests.reference.parallel.zero.workload import adamw, batches, fresh, loss_of, rows_of
@@ -338,6 +338,18 @@ def test_a_branch_whose_gradient_one_rank_drops_is_no_mix_up_of_layers():
             assert ranks[0][i] is None
         else:
             assert_close(torch.cat([ranks[0][i], ranks[1][i]]), parameter.grad)
+
+
+@pytest.mark.parametrize("backend", ["simulated", "processes"])
+def test_rejects_another_layer_on_another_rank(backend):
+    """Layers of one shape: half of one and half of the other would make a matrix, too."""
+
+    def program(comm):
+        model = Branches()
+        FSDP(model, comm, model.layers)(torch.ones(2, 5), comm.rank)
+
+    with pytest.raises(CollectiveMismatch, match=r"disagree about the contents(.|\n)*layers.1"):
+        run(2, program, backend=backend)
 
 
 def test_two_forwards_before_one_backward_match_one_rank():
