@@ -20,6 +20,7 @@ results are the same each time. Here each rank has two rows of a batch:
 run(world_size, program, *args)            simulated ranks, 1 to 512: a Run with .results and .trace
 run(..., backend="processes")              the same on forked processes with gloo
 with comm_from_environment() as comm:      the same under torchrun, NCCL where there are GPUs
+with comm_of(group) as comm:               a process group that you have made already
 run(..., shapes_only=True)                 all ranks, tensors with shapes alone: large models
 run_one_rank(16384, program, rank=3)       one rank of very many, without values
 
@@ -29,8 +30,9 @@ Ranks named in calls (`src`, `dst`) count within the group. In place, returning 
 `recv(x, src)`. New tensor, or `out=`: `all_gather(x)`, `reduce_scatter(x)`, `all_to_all(x)`,
 `gather(x, dst)`; they concatenate and divide along dimension 0. `send(x, dst)`, `isend`, `irecv`,
 `barrier()`. With `async_op=True` (and for isend, irecv) a `Handle` comes back: its result is there
-after `wait()`, never before, and a program that forgets to wait is told so at its end. Collectives
-are not differentiable: write a torch.autograd.Function around them.
+after `wait()`, never before; a program that forgets to wait is told so at its end, and one that
+writes to the tensors meanwhile by `wait()`. Collectives are not differentiable: write a
+torch.autograd.Function around them.
 
 **Groups.** `comm.split(color, key)`; `mesh = comm.mesh(dp=2, tp=4)`, the last axis running fastest,
 then `mesh.tp`, `mesh["dp", "tp"]`, `mesh.coordinates`, `mesh.rank_at(tp=0)`: each group a `Comm`.
@@ -43,16 +45,22 @@ then `mesh.tp`, `mesh["dp", "tp"]`, `mesh.coordinates`, `mesh.rank_at(tp=0)`: ea
 `to_perfetto(path)`. Time is virtual, of a `Hardware`: matrix products take FLOPs / peak, messages
 latency + bytes / bandwidth. `comm.compute(flops)` adds work, `with comm.region("F0")` names it.
 
-**When it goes wrong.** Deadlock and CollectiveMismatch name each rank, its call and its line. What
-a program raises comes out as it is, with a note that says on which rank. Other ranks are released.
+**When it goes wrong.** Deadlock and CollectiveMismatch name each rank, its call and the program's
+line, and are raised on every rank that waits; so is what a reduction itself raises. Who catches a
+mismatch goes on. What a program raises comes out as it is, with a note that says on which rank, and
+the others are released. Processes with gloo hear the same, within two seconds, from a referee.
 
-calls          what a rank says                 collectives   what operations mean
-scheduler      the baton, deadlocks             transport     where calls meet
-comm           operations, handles              membership    ranks, splits, meshes
-ledger, cost   traffic in closed form           memory, meter what storages are alive, FLOPs
-clock          streams and events               hardware      A100 and H100 nodes
-offload        copies to the host               trace         what a run leaves behind
-launch         run, run_one_rank                processes     gloo, NCCL, torchrun
+calls, source  what a rank says, its line      collectives   what operations mean
+scheduler      the baton, deadlocks             reductions    which dtypes, and how
+meetings       where calls meet                 transport     what then happens: simulated
+comm           operations, handles              in_flight     writes before `wait`
+membership     ranks, splits, meshes            ledger, cost  traffic in closed form
+memory, meter  what storages are alive, FLOPs   clock         streams and events
+offload        copies to the host               hardware      A100 and H100 nodes
+launch         run, run_one_rank                trace         what a run leaves behind
+processes      forked ranks, with gloo          starters      calls of torch.distributed
+referee        who may go on, between processes control       a rank's line to it
+from_environment  torchrun, NCCL, comm_of
 """
 
 from reference.parallel.ranks.calls import Group

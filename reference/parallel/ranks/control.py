@@ -8,10 +8,11 @@ from typing import Any
 
 from reference.parallel.ranks.calls import Call, Group
 from reference.parallel.ranks.collectives import CollectiveMismatch
-from reference.parallel.ranks.referee import encode
+from reference.parallel.ranks.referee import encode, form_of
 from reference.parallel.ranks.scheduler import Deadlock, Released
 
 PATIENCE_SECONDS = 0.05  # how long a rank waits before it says so, and then says so again
+MAX_FORMS = 4096
 ERRORS: dict[str, type[BaseException]] = {
     "CollectiveMismatch": CollectiveMismatch, "Deadlock": Deadlock, "Released": Released,
 }  # fmt: skip
@@ -26,15 +27,25 @@ class Control:
         self._poll.register(line, select.POLLIN)
         self._received = b""
         self._groups: dict[Group, int] = {}
+        self._forms: dict[tuple[Any, ...], int] = {}
         self._count = 0
 
     def announce(self, call: Call) -> int:
-        """Tell of a call; its number, by which `receive` answers."""
-        if call.group not in self._groups:
-            self._groups[call.group] = len(self._groups)
-            self._send(["group", call.group.name, call.group.ranks])
+        """Tell of a call; its number, by which `receive` answers.
+
+        Programs repeat themselves: a call is spelt out once, and then said by its form's number.
+        """
         self._count += 1
-        self._send(["call", self._count, encode(call, self._groups[call.group])])
+        form = form_of(call)
+        if form not in self._forms:
+            if len(self._forms) >= MAX_FORMS:
+                self._forms.clear()
+            if call.group not in self._groups:
+                self._groups[call.group] = len(self._groups)
+                self._send(["group", call.group.name, call.group.ranks])
+            self._forms[form] = len(self._forms)
+            self._send(["form", self._forms[form], encode(call, self._groups[call.group])])
+        self._line.sendall(b'["call",%d,%d]\n' % (self._count, self._forms[form]))
         return self._count
 
     def end(self, how: str, reason: str = "") -> None:

@@ -16,6 +16,7 @@ import json
 import selectors
 import socket
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -54,6 +55,17 @@ def encode(call: Call, group: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def form_of(call: Call) -> tuple[Any, ...]:
+    """All of a call but its values: what `encode` puts down."""
+    given, out = call.tensor, call.out
+    return (
+        call.operation, call.group, call.reduction, call.root, call.tag, call.input_splits,
+        call.output_splits, call.source, call.asked_by,
+        None if given is None else (given.shape, given.dtype, given.device),
+        None if out is None else (out.shape, out.dtype, out.device),
+    )  # fmt: skip
+
+
 def decode(fields: dict[str, Any], group: Group, rank: int) -> Call:
     """What `encode` has put down, with outlines in place of tensors."""
     given: dict[str, Any] = {**fields, "group": group}
@@ -75,6 +87,7 @@ class Referee:
         self._reply, self._world_size = reply, world_size
         self._meetings = Meetings()
         self._groups: dict[int, list[Group]] = {rank: [] for rank in range(world_size)}
+        self._forms: dict[tuple[int, int], Call] = {}
         self._open: dict[tuple[int, int], tuple[Call, Slot]] = {}
         self._waiting: dict[int, tuple[Call, Slot]] = {}
         self._ended: dict[int, str] = {}
@@ -86,9 +99,11 @@ class Referee:
         match message:
             case ["group", name, ranks]:
                 self._groups[rank].append(Group(name, tuple(ranks)))
-            case ["call", number, fields]:
+            case ["call", number, form]:
+                self._arrive(number, copy(self._forms[rank, form]))
+            case ["form", form, fields]:
                 call = decode(fields, self._groups[rank][fields["group"]], rank)
-                self._arrive(number, call)
+                self._forms[rank, form] = call
             case ["wait", number, times]:
                 if (rank, number) in self._open:
                     self._waiting[rank] = self._open[rank, number]

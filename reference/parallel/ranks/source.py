@@ -9,7 +9,6 @@ has no program beneath it; then the library's own line has to do.
 import linecache
 import sys
 import sysconfig
-from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 
@@ -34,9 +33,10 @@ def calling_line() -> tuple[Source, Source]:
     asker: FrameType | None = None
     while frame is not None:
         filename = frame.f_code.co_filename
-        if not _is_in(filename, (PACKAGE,)):
+        kind = _kinds.get(filename) or _kind(filename)
+        if kind != "package":
             asker = asker or frame
-            if not _is_in(filename, LIBRARY):
+            if kind == "program":
                 break
         frame = frame.f_back
     assert asker is not None  # a thread starts outside of this package
@@ -52,9 +52,13 @@ def text(source: Source) -> str:
     return f"{Path(filename).name}:{line} in {function}" + (f": {code}" if code else "")
 
 
-@lru_cache(maxsize=4096)
-def _is_in(filename: str, folders: tuple[str, ...]) -> bool:
-    return filename.startswith(folders)
+def _kind(filename: str) -> str:
+    kind = "library" if filename.startswith(LIBRARY) else "program"
+    _kinds[filename] = "package" if filename.startswith(PACKAGE) else kind
+    return _kinds[filename]
+
+
+_kinds: dict[str, str] = {}
 
 
 def _place(frame: FrameType) -> Source:
