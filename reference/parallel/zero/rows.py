@@ -82,7 +82,7 @@ class RowLayout:
                 pieces.append(flat.new_zeros(size - flat.numel()))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def spread(self, wholes: Sequence[Tensor]) -> Shaped[Tensor, " N*n"]:
+    def spread(self, wholes: Sequence[Tensor]) -> Shaped[Tensor, " M"]:
         """The whole message, from whole tensors: what each rank is to get."""
         rows = []
         for whole, size in zip(wholes, self._sizes, strict=True):
@@ -92,7 +92,7 @@ class RowLayout:
             rows.append(padded.view(self.world_size, size))
         return (rows[0] if len(rows) == 1 else torch.cat(rows, 1)).reshape(-1)
 
-    def wholes(self, message: Shaped[Tensor, " N*n"]) -> list[Tensor]:
+    def wholes(self, message: Shaped[Tensor, " M"]) -> list[Tensor]:
         """Whole tensors, from the whole message; views of it where that is possible."""
         parts = message.view(self.world_size, -1).split_with_sizes(self._sizes, 1)
         return [

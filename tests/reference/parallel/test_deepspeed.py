@@ -116,7 +116,7 @@ def ulysses(deepspeed, comm, heads):
     parts = [draw(h, seed).chunk(comm.size, 2)[comm.rank].contiguous() for h, seed in shapes]
     grad = draw(num_heads, 3).chunk(comm.size, 2)[comm.rank]
     ours = [part.clone().requires_grad_() for part in parts]
-    out = ulysses_attention(*ours, comm, Kernel(is_causal=True))
+    out = ulysses_attention(*ours, comm, Kernel(layout="contiguous"))
     out.backward(grad)
     theirs = [positions_first(part).requires_grad_() for part in parts]
     layer = DistributedAttention(attend, deepspeed.comm.get_world_group())

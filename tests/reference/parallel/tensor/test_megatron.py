@@ -33,6 +33,7 @@ from tools.fetch_oracles import MEGATRON
 pytestmark = [needs(MEGATRON), pytest.mark.slow]
 
 B, T, D, F_, V = 1, 6, 8, 12, 10
+LOSSES = [(1.0, torch.float32), (300.0, torch.float32), (10.0, torch.bfloat16)]
 TOKENS = torch.tensor([[0, 9, 4, 5, 5, 3]])
 
 
@@ -96,7 +97,6 @@ def our_pair(comm, is_part):
     else:
         column, row = ColumnParallelLinear(first, comm), RowParallelLinear(second, comm)
         y, bias = row(F.gelu(column(x))), row.bias
-        column, row = column.part, row.part
     y.backward(mine(draw(B, T, D, seed=1), comm, is_part))
     grads = (x, column.weight, column.bias, row.weight, bias)
     return [y.detach(), *(p.grad for p in grads)]
@@ -141,8 +141,13 @@ def their_embedding(megatron, comm, is_part):
     return [y.detach(), layer.weight.grad]
 
 
-def loss_of(cross_entropy, comm, scale):
-    logits = (draw(B, T, V) * scale).chunk(comm.size, -1)[comm.rank].clone().requires_grad_()
+def loss_of(cross_entropy, comm, scale, dtype):
+    logits = (
+        (draw(B, T, V) * scale)
+        .chunk(comm.size, -1)[comm.rank]
+        .to(dtype, copy=True)
+        .requires_grad_()
+    )
     # A copy: theirs writes over float32 logits.
     loss = cross_entropy(logits.clone(), TOKENS)
     loss.backward(draw(B, T, seed=1))
@@ -159,10 +164,10 @@ def program(comm):
             our_embedding(comm, is_part),
             their_embedding(megatron, comm, is_part),
         )
-    for scale in (1.0, 300.0):
-        found["loss", scale] = (
-            loss_of(lambda z, y: vocab_parallel_cross_entropy(z, y, comm), comm, scale),
-            loss_of(megatron.vocab_parallel_cross_entropy, comm, scale),
+    for case in LOSSES:
+        found["loss", case] = (
+            loss_of(lambda z, y: vocab_parallel_cross_entropy(z, y, comm), comm, *case),
+            loss_of(megatron.vocab_parallel_cross_entropy, comm, *case),
         )
     return found
 
@@ -184,7 +189,10 @@ def test_embedding_matches_megatron_bit_for_bit(results, sequence_parallel):
         assert_close(*found["embedding", sequence_parallel], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("scale", [1.0, 300.0])
-def test_cross_entropy_matches_megatron(results, scale):
+@pytest.mark.parametrize("case", LOSSES)
+def test_cross_entropy_matches_megatron(results, case):
+    """Both give float32 losses of 16-bit logits, and gradients in the logits' dtype."""
     for found in results:
-        assert_close(*found["loss", scale], **TOLERANCE[torch.float32])
+        (loss, grad), (their_loss, their_grad) = found["loss", case]
+        assert_close(loss, their_loss, **TOLERANCE[torch.float32])
+        assert_close(grad, their_grad, **TOLERANCE[case[1]])
