@@ -142,8 +142,8 @@ class Llama(nn.Module):
 
     def logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """The last norm and the head."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(self.norm(x), head.weight)
+        x = self.norm(x)
+        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
 
     def _rotation(
         self, positions: Tensor, dtype: torch.dtype, seq_len: int
