@@ -681,6 +681,27 @@ for rope_base in (100_000.0, 10_000.0, 1_000_000.0):
     print(f"SmolLM2 with base {rope_base:9,.0f}: loss {smollm2_loss(rope_base):.1f}")
 
 # %% [markdown] slideshow={"slide_type": "slide"}
+# **This went wrong in production.** gpt-oss says `"truncate": false`: YaRN's ramp is not rounded to
+# whole pairs. Readers that did not know the key passed over it (vLLM #27722; transformers #42189,
+# SGLang #14270), and nothing failed. How far off is a reader who does that, after 4,000 tokens?
+#
+# <!-- notes: Let them guess first: a rounded ramp, is that worth an error? The worst pair ends
+# up almost a radian away. The remedy is not to know every key, which nobody does, but to refuse those that one
+# does not know: the last line. -->
+
+# %% slideshow={"slide_type": "fragment"}
+written = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096,
+           "truncate": False}  # fmt: skip
+meant = pos.rope_frequencies(64, 150_000.0, pos.RopeScaling.from_dict(written))
+passed_over = {key: value for key, value in written.items() if key != "truncate"}
+read = pos.rope_frequencies(64, 150_000.0, pos.RopeScaling.from_dict(passed_over))
+print(f"largest angle between the two at position 4,000: {((meant - read) * 4000).abs().max():.2f}")
+try:
+    pos.RopeScaling.from_dict({**written, "a_key_of_next_year": 1})
+except ValueError as error:
+    print(error)
+
+# %% [markdown] slideshow={"slide_type": "slide"}
 # ## 14. Summary
 #
 # - Attention sees a set. Order comes from positions alone.

@@ -23,6 +23,7 @@ import dataclasses
 import math
 import tempfile
 import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -850,6 +851,42 @@ except ValueError as error:
 # %% slideshow={"slide_type": "fragment"}
 cache = kv_cache_bytes(num_layers=32, num_kv_heads=8, head_dim=128, num_tokens=131072)
 print(f"and memory: one text at Llama 3.1 8B's full context caches {cache / 2**30:.0f} GiB")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# **This went wrong in production.** A new save into an old folder left the index of the old shards
+# beside the new weights, and readers followed the one or the other (diffusers #14719, mlx-vlm
+# #1464); a key in config.json that a reader did not know was passed over. Two models of one folder:
+#
+# <!-- notes: Ask which of the two files a reader should believe. Libraries differ, so the folder is
+# ambiguous, and the only right answer is to say so. The same with the window: attention that sees
+# more than in training runs, and answers. -->
+
+# %% slideshow={"slide_type": "skip"}
+small = LlamaConfig(vocab_size=8, dim=16, hidden_dim=32, num_layers=2, num_heads=2)
+
+
+def load_two_saves(folder):
+    save_pretrained(Llama(small), folder, max_shard_bytes=4000)
+    index = (Path(folder) / "model.safetensors.index.json").read_text()
+    save_pretrained(Llama(small), folder)  # removes it; other tools leave it there
+    (Path(folder) / "model.safetensors.index.json").write_text(index)
+    load_pretrained(folder)
+
+
+stale = {
+    "two saves in one folder": load_two_saves,
+    "a window in config.json": lambda folder: save_pretrained(
+        Llama(small), folder, entries={"sliding_window": 4096}
+    ),
+}
+
+# %% slideshow={"slide_type": "fragment"}
+for name, call in stale.items():
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            call(folder)
+        except ValueError as error:
+            print(f"{name}:\n   {str(error).replace(folder, 'folder')[:150]}")
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 14. Summary

@@ -818,6 +818,42 @@ with tempfile.TemporaryDirectory() as saved:
 # - **alpha** is a learning rate in disguise: change it with the rank, or fix it, but say which.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
+# **This went wrong in production.** Where the head is the embedding, an adapter of the head was
+# merged into both (peft #2018, #2972; transformers #45127): each token's embedding changes as well.
+# The old way, and ours:
+#
+# <!-- notes: Ask what the merged model's first layer sees. The adapter is right, the sum is right,
+# and the matrix is somebody else's too. Ours refuses before it changes anything; a copy of the head
+# is the remedy, and costs V times D numbers. -->
+
+# %% slideshow={"slide_type": "skip"}
+torch.manual_seed(0)
+tied = Llama(LlamaConfig(vocab_size=16, dim=8, hidden_dim=8, num_layers=1, num_heads=2))
+tied.lm_head.weight = tied.embed_tokens.weight
+add_adapter(tied, LoRAConfig(rank=2, alpha=2, targets=("lm_head",)))
+head = tied.lm_head
+with torch.no_grad():
+    head.adapters["default"].b.normal_()
+before = tied(torch.tensor([[1, 2, 3]]))
+
+
+def changed():
+    return (tied(torch.tensor([[1, 2, 3]])) - before).abs().max().item()
+
+
+# %% slideshow={"slide_type": "fragment"}
+head.merge()  # the layer alone, which knows of no other owner
+print(f"merged into both: logits change by {changed():.2f}")
+head.unmerge()
+try:
+    merge(tied)
+except ValueError as error:
+    print(f"ours: {textwrap.shorten(str(error), 88)}")
+head.base.weight = nn.Parameter(head.base.weight.detach().clone())
+merge(tied)
+print(f"merged into a head of its own: logits change by {changed():.2f}")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
 # ## 16. Summary
 #
 # - LoRA trains $r(D + F)$ numbers a matrix: A random, B zero, factor $\alpha / r$.

@@ -228,3 +228,116 @@ def test_rejects_broken_json(folder, name, text, message):
 def test_rejects_a_shard_size_of_nothing(tmp_path):
     with pytest.raises(ValueError, match="max_shard_bytes: expected at least 1, got 0"):
         save_pretrained(make_model(), tmp_path, max_shard_bytes=0)
+
+
+def test_matches_transformers_where_only_the_tied_head_is_stored(tmp_path):
+    """safetensors.save_model keeps one of two names of a tensor."""
+    from safetensors.torch import save_model
+
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(
+        TheirConfig(**to_huggingface(dataclasses.replace(TINY, is_tied=True)))
+    )
+    theirs.config.save_pretrained(tmp_path)
+    save_model(theirs, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    assert "model.embed_tokens.weight" not in weights_of(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, **EAGER)
+    assert torch.equal(load_pretrained(tmp_path)(TOKENS), again(TOKENS).logits)
+
+
+def test_a_head_tied_by_hand_stays_tied(tmp_path):
+    model = make_model()
+    model.lm_head.weight = model.embed_tokens.weight
+    save_pretrained(model, tmp_path)
+    again = load_pretrained(tmp_path)
+    assert again.config.is_tied and torch.equal(again(TOKENS), model(TOKENS))
+    model.layers[0].mlp.up_proj.weight = model.layers[1].mlp.up_proj.weight
+    with pytest.raises(ValueError, match="up_proj.weight: expected memory of its own"):
+        save_pretrained(model, tmp_path)
+    assert torch.equal(load_pretrained(tmp_path)(TOKENS), again(TOKENS))
+
+
+def index_of(folder):
+    return json.loads((folder / "model.safetensors.index.json").read_text())
+
+
+def write_index(folder, index):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def moved(index):
+    where = index["weight_map"]
+    first, *_, last = where
+    where[first], where[last] = where[last], where[first]
+
+
+def forgotten(index):
+    index["weight_map"].pop("model.norm.weight")
+
+
+def elsewhere(index):
+    index["weight_map"]["model.norm.weight"] = "../model-00001-of-00002.safetensors"
+
+
+def unknown(index):
+    index["quantization"] = {"bits": 4}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (moved, "the index is of another save"),
+        (forgotten, "differs in model.norm.weight; the index is of another save"),
+        (elsewhere, "expected names of files here"),
+        (unknown, "quantization={'bits': 4} not known here"),
+    ],
+)
+def test_rejects_an_index_of_another_save(tmp_path, change, message):
+    save_pretrained(make_model(), tmp_path, max_shard_bytes=4000)
+    index = index_of(tmp_path)
+    change(index)
+    write_index(tmp_path, index)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(tmp_path)
+
+
+def test_rejects_two_saves_in_one_folder(tmp_path):
+    """transformers reads model.safetensors, others follow the index that an older save left."""
+    save_pretrained(make_model(seed=1), tmp_path / "old", max_shard_bytes=4000)
+    save_pretrained(make_model(seed=2), tmp_path / "new")
+    for path in (tmp_path / "old").glob("model*"):
+        path.rename(tmp_path / "new" / path.name)
+    with pytest.raises(ValueError, match="got both, of which readers take one or the other"):
+        load_pretrained(tmp_path / "new")
+    save_pretrained(make_model(seed=3), tmp_path / "new")
+    assert torch.equal(load_pretrained(tmp_path / "new")(TOKENS), make_model(seed=3)(TOKENS))
+
+
+def test_a_save_that_fails_at_the_last_file_leaves_all_old_ones(tmp_path, monkeypatch):
+    old = make_model(seed=1)
+    save_pretrained(old, tmp_path, max_shard_bytes=4000)
+    names = {path.name for path in tmp_path.iterdir()}
+
+    def fail(path, content):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("reference.transformer.checkpoint.write_json", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(make_model(seed=2), tmp_path, max_shard_bytes=4000)
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert torch.equal(load_pretrained(tmp_path)(TOKENS), old(TOKENS))
+
+
+def test_rejects_entries_that_describe_another_model(tmp_path):
+    for entries in ({"num_hidden_layers": 3}, {"sliding_window": 8}, {"rope_theta": 5.0}):
+        with pytest.raises(ValueError, match="entries|not known here|which is it"):
+            save_pretrained(make_model(), tmp_path, entries=entries)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rejects_quantised_tensors(folder):
+    tensors = weights_of(folder)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="model.norm.weight: expected a floating point dtype"):
+        load_pretrained(folder)

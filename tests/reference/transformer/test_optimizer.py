@@ -97,3 +97,12 @@ def test_rejects_rates():
             AdamW([weight], **options)
     with pytest.raises(ValueError, match="max_norm: expected more than 0"):
         clip_gradients([weight], 0.0)
+
+
+def test_one_tensor_matches_torch():
+    """A tensor can be iterated over, and its rows have no gradient: nothing would be clipped."""
+    ours, theirs = (torch.nn.Parameter(torch.zeros(3, 4)) for _ in range(2))
+    ours.grad, theirs.grad = (torch.full((3, 4), 10.0) for _ in range(2))
+    norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    assert clip_gradients(ours, 1.0) == pytest.approx(norm.item())
+    assert torch.equal(ours.grad, theirs.grad)
