@@ -686,8 +686,8 @@ for rope_base in (100_000.0, 10_000.0, 1_000_000.0):
 # SGLang #14270), and nothing failed. How far off is a reader who does that, after 4,000 tokens?
 #
 # <!-- notes: Let them guess first: a rounded ramp, is that worth an error? The worst pair ends
-# up almost a radian away. The remedy is not to know every key, which nobody does, but to refuse those that one
-# does not know: the last line. -->
+# up almost a radian away. The remedy is not to know every key, which nobody does, but to refuse
+# those that one does not know: the last line. -->
 
 # %% slideshow={"slide_type": "fragment"}
 written = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096,

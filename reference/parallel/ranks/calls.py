@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
-
 from reference.parallel.ranks.source import NOWHERE, Source, text
 
 
@@ -52,8 +50,8 @@ class Call:
     operation: str
     group: Group
     rank: int
-    tensor: Tensor | None = None
-    out: Tensor | None = None
+    tensor: Any = None  # a Tensor, or of another process's its outline
+    out: Any = None
     reduction: str | None = None
     root: int | None = None
     tag: int = 0
@@ -82,7 +80,7 @@ class Call:
         return (here, self.root) if self.operation == "send" else (self.root, here)
 
     @property
-    def compared(self) -> Tensor | None:
+    def compared(self) -> Any:
         """The tensor that must look alike on all ranks."""
         return self.out if self.operation in ("scatter", "recv") else self.tensor
 
