@@ -685,9 +685,9 @@ for rope_base in (100_000.0, 10_000.0, 1_000_000.0):
 # whole pairs. Readers that did not know the key passed over it (vLLM #27722; transformers #42189,
 # SGLang #14270), and nothing failed. How far off is a reader who does that, after 4,000 tokens?
 #
-# <!-- notes: Let them guess first: a rounded ramp, is that worth an error? The worst pair ends
-# up almost a radian away. The remedy is not to know every key, which nobody does, but to refuse those that one
-# does not know: the last line. -->
+# <!-- notes: Let them guess first: a rounded ramp, is that worth an error? The worst pair ends up
+# almost a radian away. The remedy is not to know every key, which nobody does, but to refuse those
+# that one does not know: the last line. -->
 
 # %% slideshow={"slide_type": "fragment"}
 written = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096,
