@@ -123,6 +123,7 @@ class LoRALinear(nn.Module):
         self.active: list[str] = []
         self.rows: Int[Tensor, " B"] | None = None
         self._unmerged: Tensor | None = None
+        self.train(base.training)
 
     @property
     def weight(self) -> Tensor:

@@ -82,6 +82,7 @@ class QLoRALinear(nn.Module):
         self.adapter = Adapter(base, config)
         self._keep(quantize_4bit(base.weight.detach(), levels="nf4", block_size=block_size))
         self.bias = None if base.bias is None else nn.Buffer(base.bias.detach().clone())
+        self.train(base.training)
 
     def _keep(self, weight: FourBitTensor) -> None:
         self.weight_dtype = weight.dtype

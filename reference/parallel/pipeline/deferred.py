@@ -61,6 +61,7 @@ class DeferredLinear(nn.Module):
     def __init__(self, linear: nn.Linear, queue: WeightGradients) -> None:
         super().__init__()
         self.weight, self.bias, self.queue = linear.weight, linear.bias, queue
+        self.train(linear.training)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... E"]:
         y = _InputGradient.apply(x, self.weight.detach(), self.weight, self.queue)
@@ -77,5 +78,6 @@ class _InputGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.queue.put(ctx.weight, x, grads[0])
+        if ctx.weight.requires_grad:
+            ctx.queue.put(ctx.weight, x, grads[0])
         return grads[0] @ ctx.weight.detach(), None, None, None

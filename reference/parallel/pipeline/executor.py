@@ -127,7 +127,8 @@ class _Step:
         _, stage, micro = action
         x, y = self.kept.pop((stage, micro))
         self.of.weights[stage // self.comm.size].micro = micro
-        torch.autograd.backward(y, received)
+        if y.requires_grad:  # not so where a first stage is frozen
+            torch.autograd.backward(y, received)
         if stage > 0:
             assert x.grad is not None
             self.send(Action("B", stage - 1, micro), x.grad)

@@ -120,8 +120,15 @@ def split_llama(
 
     `model` keeps its form, and shares its parameters with the stages: hand in a rank's own.
 
-    Raises: ValueError for more stages than layers, or a rank outside of the pipeline.
+    Raises: ValueError for more stages than layers, a rank outside of the pipeline, or a head that
+    is the embedding where the configuration does not say so.
     """
+    head: Any = model.lm_head
+    if head is not None and getattr(head, "weight", None) is model.embed_tokens.weight:
+        raise ValueError(
+            "model: embed_tokens.weight stands in two places, and config.is_tied is False; tie "
+            "them by LlamaConfig(is_tied=True), so that stages sum their copies' gradients"
+        )
     at_least(1, [("num_ranks", num_ranks), ("num_chunks", num_chunks)])
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank: expected 0 to {num_ranks - 1}, got {rank}")
@@ -134,7 +141,8 @@ def split_llama(
 
 
 def sum_tied_gradients(comm: Comm, stages: Sequence[LlamaStage]) -> None:
-    """Add up the gradients of both copies of a tied embedding. A no-op where nothing is tied.
+    """Add up the gradients of both copies of a tied embedding. A no-op where nothing is tied,
+    or the embedding is frozen.
 
     Raises: ValueError where they are gone: ZeRO's stage 2 hands gradients over as they come.
     """
@@ -143,6 +151,8 @@ def sum_tied_gradients(comm: Comm, stages: Sequence[LlamaStage]) -> None:
         return
     model = stages[0].model if comm.rank == 0 else stages[-1].model
     weight = next(model.embed_tokens.parameters())
+    if not weight.requires_grad:
+        return
     if weight.grad is None:
         raise ValueError(
             "stages: expected the gradient of the tied embedding, there is none; call this after "

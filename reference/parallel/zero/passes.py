@@ -7,7 +7,7 @@ schedule has put off: weights' gradients, each in a backward of its own.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,10 +28,10 @@ def same_pass() -> Iterator[None]:
 
 
 class Passes:
-    """Counts them, told of each gradient that arrives."""
+    """Counts them, told of each gradient that arrives; `at_end` is called when one has ended."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, at_end: Callable[[], None]) -> None:
+        self.count, self._at_end = 0, at_end
         self._seen: set[int] = set()
         self._open: set[int] = set()
 
@@ -45,7 +45,11 @@ class Passes:
             return
         self.count += 1
         self._open.add(task)
-        Variable._execution_engine.queue_callback(lambda: self._open.discard(task))
+        Variable._execution_engine.queue_callback(lambda: self._end(task))
+
+    def _end(self, task: int) -> None:
+        self._open.discard(task)
+        self._at_end()
 
     def clear(self) -> None:
         """Begin to count again, for the next step."""

@@ -73,7 +73,7 @@ class Zero:
         self.optimizer = make_optimizer([pair for bucket in self.buckets for pair in bucket.pieces])
         self._reducer = GradientReducer(comm)
         self._num_arrived: Counter[nn.Parameter] = Counter()
-        self._passes = Passes()
+        self._passes = Passes(at_end=self._end_pass)
         self._used: set[nn.Parameter] = set()
         self._num_started = 0
         self._coming: set[nn.Parameter] = set()
@@ -84,15 +84,14 @@ class Zero:
     def reduce_gradients(self) -> None:
         """Mean gradients: of each rank's part, or at stage 0 of everything.
 
-        At stage 2 most have left during backward; here the rest does.
+        At stage 2 they have left during backward, but for those that a schedule has put off.
         """
         check_learning(self.model, self._parameters)
         here = {p for p in self._parameters if p.grad is not None or self._num_arrived[p]}
-        used = self._used_somewhere(here)
+        used, is_left = self._used_somewhere(here)
         self._used |= used
-        if self.stage == 2:
-            num_rounds = max(self._passes.count, bool(used))  # the same on each rank
-            while self._num_started < len(self.buckets) * num_rounds:
+        if self.stage == 2 and is_left:  # deferred gradients, or such as no backward has brought
+            for _ in self.buckets:
                 self._start_next()
         for bucket in self.buckets if self.stage < 2 else ():
             if used.isdisjoint(bucket.parameters):
@@ -187,12 +186,16 @@ class Zero:
         for tensor in [*frozen, *self.model.buffers()]:
             self.comm.broadcast(tensor.detach(), src=0)
 
-    def _used_somewhere(self, here: set[nn.Parameter]) -> set[nn.Parameter]:
-        flags = torch.tensor([p in here for p in self._parameters], dtype=torch.uint8)
+    def _used_somewhere(self, here: set[nn.Parameter]) -> tuple[set[nn.Parameter], bool]:
+        """What any rank has used, and whether any still holds a gradient."""
+        flags = torch.tensor(
+            [(p in here) + (p.grad is not None) for p in self._parameters], dtype=torch.uint8
+        )
         flags = self.comm.all_reduce(flags.to(self.comm.device), "max")
         if isinstance(flags, FakeTensor):
-            return set(here)
-        return {p for p, flag in zip(self._parameters, flags.tolist(), strict=True) if flag}
+            return set(here), any(p.grad is not None for p in self._parameters)
+        found = flags.tolist()
+        return {p for p, flag in zip(self._parameters, found, strict=True) if flag}, 2 in found
 
     def _hook(self, parameter: nn.Parameter) -> Callable[[Tensor | None], None]:
         def come(gradient: Tensor | None) -> None:
@@ -203,8 +206,8 @@ class Zero:
 
     def _arrived(self, parameter: Tensor) -> None:
         """At stage 2 buckets leave when they are full, on all ranks in the same order: the bucket
-        that comes next, in its n-th round, when all of it has arrived n times. A step has as many
-        rounds as backward passes; what is left of them leaves in `reduce_gradients`."""
+        that comes next, in its n-th round, when all of it has arrived n times. Each backward pass
+        is a round, and at its end the rest leaves, before anybody else can communicate."""
         if parameter not in self._coming:
             return
         self._coming.discard(parameter)
@@ -217,6 +220,10 @@ class Zero:
             waiting = self.buckets[following].parameters
             if any(self._num_arrived[p] <= num_rounds for p in waiting):
                 return
+            self._start_next()
+
+    def _end_pass(self) -> None:
+        while self.stage == 2 and self._num_started < len(self.buckets) * self._passes.count:
             self._start_next()
 
     def _start_next(self) -> None:
