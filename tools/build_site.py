@@ -1,14 +1,17 @@
 """`python -m tools.build_site`: notebooks, docs and API pages -> site/, to serve or open.
 
 Nothing is executed and nothing is fetched. Warnings are errors. The pages of the API are made here,
-one for each topic of `reference` and one for the autograder.
+one for each topic of `reference` and one for the autograder, and that of the composition matrix.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from tools.composition import RECORD, page
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, SITE = ROOT / "build" / "site", ROOT / "site"
@@ -24,6 +27,8 @@ def main() -> int:
         shutil.copy(notebook, SOURCE / "notebooks")
     shutil.copytree(ROOT / "exercises", SOURCE / "exercises", ignore=ONLY_TEXT)
     write_api(SOURCE / "api")
+    (SOURCE / "composition.json").unlink()
+    (SOURCE / "composition.md").write_text(page(json.loads(RECORD.read_text())))
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html",
                "-d", str(ROOT / "build" / "doctrees"), str(SOURCE), str(DRAFT)]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
