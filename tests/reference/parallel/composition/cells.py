@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from reference.parallel.ranks import run
-from tests.reference.parallel.composition import ways, workload
+from tests.reference.parallel.composition import by_model, by_rows, ways, workload
 from tests.reference.parallel.composition.features import FEATURES
 from tests.tolerances import TOLERANCE
 
@@ -32,18 +32,18 @@ class Technique:
 
 
 TECHNIQUES = [
-    Technique("DDP", ways.Replicas),
-    Technique("ZeRO-1", ways.Stage),
-    Technique("ZeRO-2", ways.StageTwo),
-    Technique("FSDP", ways.Shards),
-    Technique("HSDP", ways.HybridShards, size=4, other_size=2, thorough_size=8),
-    Technique("TP", ways.Tensors, divides_rows=False),
-    Technique("TP-SP", ways.TensorsInSequence, divides_rows=False),
-    Technique("Ulysses", ways.Heads, divides_rows=False),
-    Technique("ring", ways.Positions, divides_rows=False),
-    Technique("pipeline", ways.Stages, other_size=1, thorough_size=2, divides_rows=False),
+    Technique("DDP", by_rows.Replicas),
+    Technique("ZeRO-1", by_rows.Stage),
+    Technique("ZeRO-2", by_rows.StageTwo),
+    Technique("FSDP", by_rows.Shards),
+    Technique("HSDP", by_rows.HybridShards, size=4, other_size=2, thorough_size=8),
+    Technique("TP", by_model.Tensors, divides_rows=False),
+    Technique("TP-SP", by_model.TensorsInSequence, divides_rows=False),
+    Technique("Ulysses", by_model.Heads, divides_rows=False),
+    Technique("ring", by_model.Positions, divides_rows=False),
+    Technique("pipeline", by_model.Stages, other_size=1, thorough_size=2, divides_rows=False),
     Technique(
-        "zero bubble", ways.DeferredStages, other_size=1, thorough_size=2, divides_rows=False
+        "zero bubble", by_model.DeferredStages, other_size=1, thorough_size=2, divides_rows=False
     ),
 ]
 # (technique, feature): what the message must say, and a sentence for the page.
@@ -143,7 +143,7 @@ def _run(technique, feature, size, backend, folder):
     for result in then:
         for series in ("losses", "gradients"):
             result[series] = first[0][series] + result[series]
-        if issubclass(technique.way, ways.Stages):  # the first step's gradients, of both its stages
+        if issubclass(technique.way, by_model.Stages):  # gradients of both stages' ranks
             result["gradients"][0] = {n: g for r in first for n, g in r["gradients"][0].items()}
     return then
 

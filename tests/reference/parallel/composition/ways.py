@@ -1,4 +1,4 @@
-"""Techniques, each as: how a model is taken over, how a step is run, what is whole afterwards."""
+"""A technique is: how a model is taken over, how a step is run, what is whole afterwards."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -8,19 +8,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from reference.attention import scaled_dot_product_attention
-from reference.parallel.context import ContextParallel
-from reference.parallel.data_parallel import DDP, load_replica, save_replica, token_mean
-from reference.parallel.pipeline import (
-    Pipeline,
-    one_f_one_b,
-    recompute,
-    recomputed,
-    split_llama,
-    sum_tied_gradients,
-    zero_bubble_h1,
-)
-from reference.parallel.tensor import clip_grad_norm, parallelize, vocab_parallel_cross_entropy
-from reference.parallel.zero import FSDP, Zero, clip_shards, load_sharded, save_sharded
+from reference.parallel.data_parallel import load_replica, save_replica, token_mean
+from reference.parallel.pipeline import recompute, recomputed
 from reference.transformer.optimizer import clip_gradients, decay_groups
 from tests.reference.parallel.composition import workload
 from tests.reference.parallel.composition.workload import ADAMW, DECAY
@@ -50,7 +39,7 @@ def losses_of(logits, targets):
 
 
 def step_with(named, feature):
-    """AdamW as the feature groups it; torch's, for our own has no options more."""
+    """torch's AdamW, with parameters grouped as the feature has it."""
     groups = decay_groups(named, 3.0) if feature.has_groups else list(named)
     return torch.optim.AdamW(groups, weight_decay=DECAY, **ADAMW)
 
@@ -138,214 +127,6 @@ class Way:
 
     def state(self):
         return workload.state_of(self.taken)
-
-
-class Replicas(Way):
-    starts_from_rank_0 = True
-
-    def take_over(self, model):
-        self.divide_rows(self.comm)
-        forget(model.layers, self.feature.checkpointing)
-        return DDP(model, self.comm, bucket_bytes=2000,
-                   find_unused_parameters=bool(self.feature.has_probe))  # fmt: skip
-
-    def not_yet(self):
-        return self.taken.no_sync()
-
-
-class Stage(Way):
-    """ZeRO 1 and 2: gradients are seen as its optimizer sees them, piece by piece."""
-
-    starts_from_rank_0 = True
-    stage = 1
-
-    def take_over(self, model):
-        self.divide_rows(self.comm)
-        forget(model.layers, self.feature.checkpointing)
-        self.zero = Zero(model, self.comm, self.stage, partial(step_with, feature=self.feature),
-                         bucket_bytes=2000)  # fmt: skip
-        self.pieces = {}
-        self.zero.optimizer.register_step_pre_hook(lambda *_: self._see())
-        return model
-
-    def make_optimizer(self):
-        return self.zero.optimizer
-
-    def clip(self, max_norm):
-        self.zero.clip_grad_norm(max_norm)
-
-    def update(self):
-        self.zero.step()
-        return {n: self.pieces.get(n) for n, _ in self.taken.named_parameters()}
-
-    def save(self, folder):
-        states = self.zero.full_optimizer_state()
-        if self.comm.rank == 0:
-            torch.save((self.taken.state_dict(), states), folder / "zero.pt")
-
-    def load(self, folder):
-        parameters, states = torch.load(folder / "zero.pt")
-        self.taken.load_state_dict(parameters)
-        self.zero.load_full_optimizer_state(states)
-
-    def _see(self):
-        self.pieces = {
-            name: None if piece.grad is None else bucket.whole(i, piece.grad)
-            for bucket in self.zero.buckets
-            for i, (name, piece) in enumerate(bucket.pieces)
-        }
-
-
-class StageTwo(Stage):
-    stage = 2
-
-
-class Shards(Way):
-    starts_from_rank_0 = True
-    num_replicas = 1
-
-    def take_over(self, model):
-        self.divide_rows(self.comm)
-        forget(model.layers, self.feature.checkpointing)
-        mesh = self.comm.mesh(
-            replicas=self.num_replicas, shards=self.comm.size // self.num_replicas
-        )
-        return FSDP(model, mesh.shards, model.layers,
-                    replicas=mesh.replicas if self.num_replicas > 1 else None)  # fmt: skip
-
-    def not_yet(self):
-        return self.taken.no_sync()
-
-    def clip(self, max_norm):
-        self.taken.clip_grad_norm(max_norm)
-
-    def gradients(self):
-        return {n: None if p.grad is None else self._whole(p, p.grad)
-                for n, p in self.taken.named_parameters()}  # fmt: skip
-
-    def state(self):
-        state = self.taken.full_state_dict()
-        others = {n: b.clone() for n, b in self.taken.named_buffers() if n not in state}
-        return state | others
-
-    def save(self, folder):
-        save_sharded(folder / "shards", self.taken, self.optimizer, step=1)
-
-    def load(self, folder):
-        assert load_sharded(folder / "shards", self.taken, self.optimizer) == 1
-
-    def _whole(self, parameter, rows):
-        """From torch.chunk's parts along dimension 0, each padded to travel."""
-        comm, shape = self.taken.comm, parameter.whole_shape
-        per_rank = -(-shape[0] // comm.size)
-        padded = rows.new_zeros(per_rank, *shape[1:])
-        padded[: len(rows)] = rows
-        return comm.all_gather(padded)[: shape[0]]
-
-
-class HybridShards(Shards):
-    num_replicas = 2
-
-
-class Divided(Way):
-    """Of whose checkpoints the weights alone are whole: an optimizer begins anew."""
-
-    def prepare(self, model, folder):
-        model.load_state_dict(
-            {n: t for f in sorted(folder.iterdir()) for n, t in torch.load(f).items()}
-        )
-
-    def save(self, folder):
-        torch.save(self.state(), folder / f"{self.comm.rank}.pt")
-
-    def load(self, folder):
-        pass
-
-
-class Tensors(Divided):
-    sequence_parallel = False
-
-    def take_over(self, model):
-        part = parallelize(model, self.comm, sequence_parallel=self.sequence_parallel)
-        forget(part.layers, self.feature.checkpointing)
-        return part
-
-    def losses(self, tokens, targets):
-        logits = self.taken(tokens, attend=kernel(self.feature))
-        return vocab_parallel_cross_entropy(logits, targets, self.comm)
-
-    def clip(self, max_norm):
-        clip_grad_norm(self.taken, max_norm, self.comm)
-
-    def gradients(self):
-        found = {name: None for name, _ in self.taken.named_parameters()}
-        return found | self.taken.whole(lambda p: p.grad)
-
-    def state(self):
-        return self.taken.full_state_dict()
-
-
-class TensorsInSequence(Tensors):
-    sequence_parallel = True
-
-
-class Positions(Way):
-    num_ulysses = 1
-
-    def take_over(self, model):
-        self.context = ContextParallel(self.comm, num_ulysses=self.num_ulysses)
-        self.token_groups = (self.comm,)
-        forget(model.layers, self.feature.checkpointing)
-        self.context.attend = kernel(self.feature, self.context.attend)
-        return model
-
-    def my(self, texts):
-        return self.context.part(texts)
-
-    def losses(self, tokens, targets):
-        return losses_of(self.context.logits(self.taken, tokens), targets)
-
-    def after_backward(self):
-        self.context.sum_gradients(self.taken.parameters())
-
-
-class Heads(Positions):
-    num_ulysses = 2
-
-
-class Stages(Divided):
-    """A pipeline of two stages; both have all tokens."""
-
-    num_micro = 2
-    schedule = staticmethod(one_f_one_b)
-
-    def take_over(self, model):
-        kind = self.feature.checkpointing
-        forget(model.layers, "torch" if kind == "torch" else None)
-        ours = kind if kind in ("full", "selective") else "none"
-        stages = split_llama(model, self.comm.rank, self.comm.size, recompute=ours)
-        schedule = self.schedule(self.comm.size, self.num_micro)
-        self.pipeline = Pipeline(self.comm, stages, schedule, losses_of)
-        return stages[0].model
-
-    def run(self, tokens, targets, mean):
-        loss = self.pipeline.step(tokens, targets, mean)
-        return torch.zeros(()) if loss is None else loss
-
-    def loss_groups(self):
-        return (self.comm,)
-
-    def after_backward(self):
-        sum_tied_gradients(self.comm, self.pipeline.stages)
-
-    def clip(self, max_norm):
-        """The pipeline's own groups are the caller's: squares are summed over stages."""
-        clip_shards([p.grad for p in self.taken.parameters() if p.grad is not None], max_norm,
-                    self.comm)  # fmt: skip
-
-
-class DeferredStages(Stages):
-    schedule = staticmethod(zero_bubble_h1)
 
 
 def train(comm, way_of, feature, steps, folder, is_continued):
