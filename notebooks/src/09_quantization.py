@@ -21,6 +21,7 @@
 
 # %% slideshow={"slide_type": "skip"}
 import copy
+import logging
 import math
 import warnings
 from functools import cache, partial
@@ -1116,6 +1117,7 @@ rows = []
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a kernel that it could download
         import bitsandbytes.functional as bnb
 
         weight = originals["model.layers.7.mlp.down_proj"]
