@@ -156,7 +156,8 @@ class Gathering:
         use.unit.owed |= set(use.learning)
         waiting = use.unit.unreduced
         for i, gradient in (use.gradients or {}).items():
-            waiting[i] = waiting[i].add_(gradient) if i in waiting else gradient
+            # Not in place: autograd gives a sum's gradient to both summands, as one tensor.
+            waiting[i] = waiting[i] + gradient if i in waiting else gradient
         use.gradients = None
 
     def _reduce(self, unit: Unit) -> None:

@@ -292,6 +292,28 @@ def test_accumulation_belongs_to_the_step(passes, how):
             assert_close(found[0], expected)
 
 
+def test_summands_share_a_gradient_and_not_their_sums():
+    """Autograd hands one tensor to both: accumulating in place would count it twice."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return ((self.a + self.b) * x).sum()
+
+    def program(comm):
+        fsdp = FSDP(Sum(), comm)
+        for x in (1.0, 10.0):
+            with fsdp.no_sync():
+                fsdp(x).backward()
+        fsdp(100.0).backward()
+        return [p.grad.tolist() for p in fsdp.parameters()]
+
+    assert run(2, program).results == [[[111.0] * 2] * 2] * 2
+
+
 def test_a_parameter_that_one_rank_used_gets_the_mean():
     """The other ranks' share is zero; where nobody used it, there is no gradient and no decay."""
 
