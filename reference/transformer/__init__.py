@@ -18,7 +18,9 @@ tokenizer        text to ids: byte-level BPE
 optimizer        AdamW, clipping        schedule   the learning rate over a run
 batches          from a text in memory or on disk
 training         steps, checkpoint and resume
+resume           a run of any module and optimizer, saved and taken up again
 sampling         from logits to tokens
+generation_config   how a model's makers have it write
 course_model     a small trained Llama that later chapters use
 encoder_decoder  the transformer of 2017
 """
@@ -32,6 +34,11 @@ from reference.transformer.flops import (
     training_flops_per_token,
 )
 from reference.transformer.fused import fused_causal_attention
+from reference.transformer.generation_config import (
+    GenerationSettings,
+    load_generation_settings,
+    save_generation_settings,
+)
 from reference.transformer.huggingface import from_huggingface, to_huggingface
 from reference.transformer.loss import IGNORED, cross_entropy, next_token_loss
 from reference.transformer.model import Block, Llama, SequenceCache
@@ -45,30 +52,36 @@ from reference.transformer.parameters import (
     mixtral_parameters,
 )
 from reference.transformer.presets import PRESETS
+from reference.transformer.resume import load_run, save_run
 
 __all__ = [
     "IGNORED",
     "PRESETS",
     "Block",
+    "GenerationSettings",
     "Llama",
     "LlamaConfig",
     "LlamaParameters",
     "MixtureParameters",
     "SequenceCache",
     "bert_parameters",
+    "cross_entropy",
     "encoder_decoder_parameters",
     "forward_flops",
-    "cross_entropy",
     "from_huggingface",
     "fused_causal_attention",
     "gpt_parameters",
     "llama_parameters",
     "load_config",
+    "load_generation_settings",
     "load_pretrained",
+    "load_run",
     "mixtral_parameters",
     "model_flops_utilization",
     "next_token_loss",
+    "save_generation_settings",
     "save_pretrained",
+    "save_run",
     "six_n",
     "to_huggingface",
     "training_flops_per_token",

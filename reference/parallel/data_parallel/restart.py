@@ -6,7 +6,6 @@ can load it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from reference.parallel.ranks import Comm, Run, run
+from reference.transformer.resume import load_run, save_run
 
 
 class Restarted(NamedTuple):
@@ -52,10 +52,7 @@ def save_replica(
     The file is complete or the one before: it is written beside and then takes its place.
     """
     if comm.rank == 0:
-        part = Path(f"{path}.part")
-        state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        torch.save(state, part)
-        os.replace(part, path)
+        save_run(path, module, optimizer, step=step)
     comm.barrier()
 
 
@@ -64,11 +61,11 @@ def load_replica(
 ) -> int:
     """Load on every rank what save_replica wrote; the number of steps done, 0 without a file.
 
-    Raises: RuntimeError for another model's checkpoint.
+    Random states stay each rank's own. Raises: ValueError for another model's checkpoint.
     """
     if not Path(path).exists():
         return 0
-    state = torch.load(path, map_location=comm.device, weights_only=True)
-    module.load_state_dict(state["module"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    random = torch.get_rng_state()
+    step = load_run(path, module, optimizer, device=comm.device)
+    torch.set_rng_state(random)
+    return step
