@@ -112,13 +112,20 @@ def clip_gradients(parameters: Tensor | Iterable[Tensor], max_norm: float) -> fl
     Returns the norm before. The factor is max_norm / (norm + 1e-6), as torch has it; one tensor is
     taken as well as many.
 
-    Raises: ValueError for a max_norm that is not positive.
+    Raises: ValueError for a max_norm that is not positive, and for parts of parameters that ranks
+    share (`whole_shape`): each rank would clip by a norm of its own.
     Source: Pascanu et al., arXiv 1211.5063, alg. 1.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm: expected more than 0, got {max_norm}")
     if isinstance(parameters, Tensor):  # which can be iterated over as well: its rows have no grad
         parameters = [parameters]
+    parameters = list(parameters)
+    if any(getattr(p, "whole_shape", p.shape) != p.shape for p in parameters):
+        raise ValueError(
+            "parameters: expected whole ones, got shards; a shard's gradient has a part of the "
+            "norm: clip with the wrapper's clip_grad_norm"
+        )
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return 0.0

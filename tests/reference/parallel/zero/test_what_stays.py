@@ -20,7 +20,7 @@ from reference.lora import LoRAConfig, add_adapter
 from reference.parallel.data_parallel import DDP
 from reference.parallel.ranks import CollectiveMismatch, run
 from reference.parallel.zero import FSDP, load_sharded, save_sharded
-from reference.transformer.optimizer import decay_groups
+from reference.transformer.optimizer import clip_gradients, decay_groups
 from tests.reference.parallel.zero.workload import adamw, batches, fresh, loss_of, rows_of
 from tests.tolerances import TOLERANCE
 
@@ -585,4 +585,14 @@ def test_clipping_waits_for_what_no_sync_has_kept_back():
         fsdp.clip_grad_norm(1.0)
 
     with pytest.raises(RuntimeError, match="wait unreduced since no_sync"):
+        run(2, program)
+
+
+def test_rejects_clipping_shards_one_by_one():
+    def program(comm):
+        fsdp = by_layer(fresh(), comm)
+        loss_of(fsdp, rows_of(comm, batches()[0])).backward()
+        clip_gradients(fsdp.parameters(), 1.0)
+
+    with pytest.raises(ValueError, match="got shards; .* the wrapper's clip_grad_norm"):
         run(2, program)
