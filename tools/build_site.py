@@ -65,9 +65,9 @@ def topics() -> list[tuple[str, list[str]]]:
             if path.suffix == ".py":
                 found.append((f"{prefix}.{path.stem}", [f"{prefix}.{path.stem}"]))
             elif (path / "__init__.py").exists():
-                names = sorted(m.stem for m in path.glob("*.py") if m.stem != "__init__")
-                whole = f"{prefix}.{path.name}"
-                found.append((whole, [whole, *(f"{whole}.{name}" for name in names)]))
+                files = (m.relative_to(parent).with_suffix("") for m in path.rglob("*.py"))
+                inside = {".".join(m.parts).removesuffix(".__init__") for m in files}
+                found.append((f"{prefix}.{path.name}", sorted(f"{prefix}.{m}" for m in inside)))
     graders = ("declarations", "expect", "spies", "notebook")
     return [*found, ("autograder", ["autograder", *(f"autograder.{g}" for g in graders)])]
 

@@ -238,7 +238,9 @@ class TestGates:
     def test_matches_torch(self, name, dtype):
         mine, curve, _ = GATES[name]
         gate, up = draw(3, 40, dtype=dtype), draw(3, 40, dtype=dtype, seed=1)
-        assert_close(mine(gate, up), curve(gate) * up, **TOLERANCE[dtype])
+        # In float64: torch's float32 GELU cancels in its tail, on some processors beyond tolerance.
+        expected = curve(gate.double()) * up.double()
+        assert_close(mine(gate, up), expected.to(dtype), **TOLERANCE[dtype])
 
     @each_dtype
     @pytest.mark.parametrize("shape", [(7,), (1, 7), (3, 4, 7), (0, 7)], ids=str)
