@@ -4,6 +4,7 @@ Forking takes milliseconds where a fresh interpreter takes seconds, but CUDA doe
 use torchrun there (`from_environment`). The parent is the referee and collects the results.
 """
 
+import gc
 import io
 import multiprocessing
 import os
@@ -90,6 +91,8 @@ def _child(
     rank: int, world_size: int, store: str, job: Job, sender: Any, line: socket.socket
 ) -> None:
     torch.set_num_threads(1)
+    # What the parent has left for the collector may want threads to end that a fork did not take.
+    gc.freeze()
     control = Control(line, job.timeout_seconds)
     try:
         dist.init_process_group(
