@@ -799,7 +799,7 @@ try:
     run(3, leaves_early)
 except Deadlock as error:
     for line in str(error).split("\n"):
-        print(line.split(".py:")[0].rsplit(" at ", 1)[0])
+        print(line.split(" (asked by")[0].split(".py:")[0].rsplit(" at ", 1)[0])
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # On real machines: silence, and after half an hour a timeout. Here nobody is left who could run, so
@@ -992,7 +992,7 @@ try:
     run(2, in_a_branch)
 except RuntimeError as error:
     for line in str(error).split("\n")[:3]:
-        print(line.split(".py:")[0].rsplit(" at ", 1)[0])
+        print(line.split(" (asked by")[0].split(".py:")[0].rsplit(" at ", 1)[0])
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # - **The seed is the same on all ranks**: every rank draws the same dropout masks. Seed with
