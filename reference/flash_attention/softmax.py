@@ -122,5 +122,6 @@ def normalize(out: Tensor, m: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_block_size(name: str, size: int) -> None:
+    """Raises: ValueError for a block of less than one row or column."""
     if size < 1:
         raise ValueError(f"{name}: expected at least 1, got {size}")

@@ -50,6 +50,7 @@ class Policy:
 
 
 def names(text: str) -> frozenset[str]:
+    """The words of a list of operations."""
     return frozenset(text.split())
 
 

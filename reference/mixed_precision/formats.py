@@ -103,6 +103,7 @@ def round_stochastically(
 
 
 def overflow(y: Tensor, fmt: FloatFormat) -> Tensor:
+    """Beyond the largest number of a format: infinity where it has one, else that number."""
     beyond = torch.full_like(y, torch.inf if fmt.has_infinity else fmt.max)
     return torch.where(y.abs() > fmt.max, torch.copysign(beyond, y), y)
 

@@ -166,6 +166,7 @@ def attention_factor(scaling: RopeScaling | None) -> float:
 
 
 def plain_frequencies(head_dim: int, base: float | Tensor) -> Float[Tensor, " half"]:
+    """RoPE's own angle a position for each pair, base^(-2 i / d), in float32."""
     return 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
 
 

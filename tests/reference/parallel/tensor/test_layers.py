@@ -107,6 +107,14 @@ def test_embedding_matches_the_whole(world_size):
         assert_close(found, leaf.grad)
 
 
+def divided_loss(comm, logits, targets, grad=None):
+    """The loss of a rank's part of the logits, and its gradient; by default of the sum."""
+    part = logits.chunk(comm.size, -1)[comm.rank].clone().requires_grad_()
+    loss = vocab_parallel_cross_entropy(part, targets, comm)
+    loss.backward(torch.ones_like(loss) if grad is None else grad)
+    return loss.detach(), part.grad
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_cross_entropy_matches_the_whole(world_size, scale):
@@ -115,10 +123,7 @@ def test_cross_entropy_matches_the_whole(world_size, scale):
     targets, grad = torch.tensor([[0, 7, 3], [4, 4, 5]]), draw(2, 3)
 
     def program(comm):
-        part = logits.chunk(comm.size, -1)[comm.rank].clone().requires_grad_()
-        loss = vocab_parallel_cross_entropy(part, targets, comm)
-        loss.backward(grad)
-        return loss.detach(), part.grad
+        return divided_loss(comm, logits, targets, grad)
 
     whole = logits.clone().requires_grad_()
     truth = F.cross_entropy(whole.flatten(0, 1), targets.flatten(), reduction="none").view(2, 3)
@@ -139,10 +144,7 @@ def test_cross_entropy_matches_ignored_targets(world_size, ignored):
         grad[i] = torch.inf
 
     def program(comm):
-        part = logits.chunk(comm.size, -1)[comm.rank].clone().requires_grad_()
-        loss = vocab_parallel_cross_entropy(part, targets, comm)
-        loss.backward(grad)
-        return loss.detach(), part.grad
+        return divided_loss(comm, logits, targets, grad)
 
     whole = logits.clone().requires_grad_()
     truth = F.cross_entropy(whole, targets, reduction="none")
@@ -159,10 +161,7 @@ def test_cross_entropy_matches_float32_in_half_precision(dtype):
     targets = torch.tensor([5, 3999, -100])
 
     def program(comm):
-        part = logits.chunk(comm.size, -1)[comm.rank].clone().requires_grad_()
-        loss = vocab_parallel_cross_entropy(part, targets, comm)
-        loss.sum().backward()
-        return loss.detach(), part.grad
+        return divided_loss(comm, logits, targets)
 
     whole = logits.float().requires_grad_()
     truth = F.cross_entropy(whole, targets, reduction="none")
@@ -182,10 +181,7 @@ def test_cross_entropy_matches_forbidden_and_huge_logits():
     targets = torch.tensor([6, 1, 5, 3])
 
     def program(comm):
-        part = logits.chunk(comm.size, -1)[comm.rank].clone().requires_grad_()
-        loss = vocab_parallel_cross_entropy(part, targets, comm)
-        loss.sum().backward()
-        return loss.detach(), part.grad
+        return divided_loss(comm, logits, targets)
 
     whole = logits.clone().requires_grad_()
     truth = F.cross_entropy(whole, targets, reduction="none")
